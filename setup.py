@@ -1,4 +1,4 @@
-"""Builds the native core with CMake, and the manual pages; everything else about the package is in pyproject.toml."""
+"""The build of the native core with CMake, and of the manual pages; pyproject.toml has the rest of the package."""
 
 import os
 import shlex
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.resolve()
 
 
 class CMakeBuild(build_ext):
-    """Runs CMake for the one extension, `edgemoe._core`."""
+    """The command `build_ext`, which runs CMake for the one extension, `edgemoe._core`."""
 
     def build_extension(self, ext: Extension) -> None:
         import pybind11
@@ -23,7 +23,7 @@ class CMakeBuild(build_ext):
         # One build folder per interpreter, so that building twice from one tree works.
         build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
         build.mkdir(parents=True, exist_ok=True)
-        # A stale cache would remember the tools of a build environment that is gone.
+        # A stale cache would refer to the tools of a build environment that no longer exists.
         (build / "CMakeCache.txt").unlink(missing_ok=True)
         cmake = [sys.executable, "-m", "cmake"] if _has_module("cmake") else ["cmake"]
         # The plug-in for NVIDIA devices takes nvcc, and minutes.
@@ -48,7 +48,7 @@ class CMakeBuild(build_ext):
 
 
 class WithPages(build_py):
-    """Makes the manual pages too, which are installed beside the programs."""
+    """The command `build_py`, which also makes the manual pages that are installed with the programs."""
 
     def run(self) -> None:
         super().run()

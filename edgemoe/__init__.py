@@ -35,7 +35,7 @@ __all__ = [
 ]  # fmt: skip
 
 __version__ = "0.1.0"
-"""The only place that says it; `pyproject.toml` and the programs read it here."""
+"""The version; `pyproject.toml` and the programs read it here."""
 
 _HOMES = {
     "Cancelled": "errors", "Chat": "runtime.chat", "EdgemoeError": "errors", "Engine": "runtime.engine",
@@ -46,7 +46,7 @@ _HOMES = {
 }  # fmt: skip
 
 
-if not TYPE_CHECKING:  # type checkers would take it for every name's home
+if not TYPE_CHECKING:  # type checkers would look up every name through it
 
     def __getattr__(name: str) -> Any:
         """Imports on first use, so that `edgemoe-run --help` need not wait for numpy and the core."""

@@ -1,4 +1,4 @@
-"""Reads arguments of callers: numbers of any library become Python's, and what is wrong gets one clear line."""
+"""Checks of callers' arguments: numpy's numbers become Python's, and a wrong argument gets one clear line."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ T = TypeVar("T")
 
 
 def whole(name: str, value: object, least: int | None = None, most: int | None = None) -> int:
-    """Returns a whole number, given as an int or as numpy's.
+    """Returns a whole number, given as an int or a numpy integer.
 
     Raises:
-        ValueError: it is no whole number (2.0 is none), or outside the range; names the argument.
+        ValueError: it is not a whole number (2.0 is not one), or outside the range; names the argument.
     """
     try:
         if isinstance(value, bool):
@@ -34,10 +34,10 @@ def whole(name: str, value: object, least: int | None = None, most: int | None =
 
 
 def number(name: str, value: object, least: float, most: float) -> float:
-    """Returns a finite number, given as an int, a float, or as numpy's.
+    """Returns a finite number, given as an int, a float or a number of numpy's.
 
     Raises:
-        ValueError: it is no number, or outside the range; names the argument.
+        ValueError: it is not a number, or outside the range; names the argument.
     """
     try:
         if isinstance(value, (bool, str, bytes)):
@@ -52,19 +52,19 @@ def number(name: str, value: object, least: float, most: float) -> float:
 
 
 def wholes(name: str, value: object, least: int) -> tuple[int, ...]:
-    """Returns whole numbers, given as a list, a tuple or numpy's array.
+    """Returns whole numbers, given as a list, a tuple or a numpy array.
 
     Raises:
-        ValueError: it is none of these, or one is no whole number or too small; names the argument.
+        ValueError: it is none of these, or an item is not a whole number or too small; names the argument.
     """
     return tuple(whole(name, item, least) for item in _items(name, value, "whole numbers"))
 
 
 def texts(name: str, value: object) -> tuple[str, ...]:
-    """Returns texts, given as a list or a tuple, none of them empty.
+    """Returns texts, none of them empty, given as a list or a tuple.
 
     Raises:
-        ValueError: it is neither, or one is no text or empty; names the argument.
+        ValueError: it is neither, or an item is not a text or empty; names the argument.
     """
     items = _items(name, value, "texts")
     for item in items:
@@ -74,10 +74,10 @@ def texts(name: str, value: object) -> tuple[str, ...]:
 
 
 def path_of(name: str, value: object) -> Path:
-    """Returns a path, given as a text or as what stands for one.
+    """Returns a path, given as a text or a path-like object.
 
     Raises:
-        ValueError: it is neither, or an empty text; names the argument.
+        ValueError: it is neither, or empty; names the argument.
     """
     if not isinstance(value, (str, os.PathLike)) or not isinstance(os.fspath(value), str):
         raise ValueError(f"{name}: expected a path, got {quoted(value)}")
@@ -87,10 +87,10 @@ def path_of(name: str, value: object) -> Path:
 
 
 def kind(name: str, value: object, expected: type[T]) -> T:
-    """Returns a value of a class.
+    """Returns a value that must be an instance of a class.
 
     Raises:
-        ValueError: it is of another; names the argument.
+        ValueError: it is not; names the argument.
     """
     if not isinstance(value, expected):
         what = "a text" if expected is str else expected.__name__
@@ -103,20 +103,20 @@ def _items(name: str, value: object, what: str) -> list[Any]:
         isinstance(value, (str, bytes))
         or not hasattr(value, "__len__")
         or not hasattr(value, "__iter__")
-        or getattr(value, "shape", None) == ()  # numpy's of no dimension: one number
+        or getattr(value, "shape", None) == ()  # a numpy array without dimensions: one number
     ):
         raise ValueError(f"{name}: expected a list of {what}, got {quoted(value)}")
     return list(value)
 
 
 def switch(name: str, value: object) -> bool:
-    """Returns True or False, given as a bool or as numpy's.
+    """Returns True or False, given as a bool or a numpy bool.
 
     Raises:
         ValueError: it is neither; names the argument.
     """
     if isinstance(value, bool):
         return value
-    if type(value).__name__ in ("bool", "bool_"):  # numpy's, whose name differs by version
+    if type(value).__name__ in ("bool", "bool_"):  # numpy's; the name depends on its version
         return bool(value)
     raise ValueError(f"{name}: expected True or False, got {value!r}")

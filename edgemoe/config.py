@@ -1,7 +1,7 @@
-"""What a model is: the switches that the one decoder reads, and the tensors that they imply.
+"""The configuration of a model: the switches that the one decoder reads, and the tensors that they imply.
 
-Families are known in `convert` only. A converter fills a `ModelConfig`; everything after it,
-the file's reader included, asks the config.
+Only `convert` knows model families. A converter fills a `ModelConfig`; everything after it, the
+reader of files included, uses only that config.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ MATRICES = ("gate", "up", "down")
 """The three matrices of an expert, in the order in which every rung stores them."""
 
 MOST_LAYERS, MOST_EXPERTS = 1 << 12, 1 << 18
-"""Of a model; the largest published one has 24,576 experts in all."""
+"""The most layers, and the most routed experts over all layers, of a model; the largest published one has 24,576."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
-    """Describes one decoder-only Mixture-of-Experts model.
+    """The configuration of one decoder-only Mixture-of-Experts model.
 
     Shape letters: D hidden_size, H expert_hidden, S shared_hidden, E num_experts, K experts_per_token,
     V vocab_size, L num_layers.
@@ -51,14 +51,14 @@ class ModelConfig:
     hidden_size: int
     num_layers: int
     context_length: int
-    """Positions that the model was made for, its position scaling included."""
+    """The most positions, in tokens, that the model was made for, with its position scaling."""
     norm_eps: float
     tied: bool
-    """The head is the embedding."""
+    """Whether the head is the embedding."""
     mixers: tuple[MixerSpec, ...]
-    """The distinct ones, in the order in which layers first have them."""
+    """The distinct token mixers, such as kinds of attention, in the order in which layers first use them."""
     layer_mixers: tuple[int, ...]
-    """Per layer, which of them it has."""
+    """Per layer, the index of its mixer in `mixers`."""
     num_experts: int
     experts_per_token: int
     expert_hidden: int
@@ -71,35 +71,39 @@ class ModelConfig:
     choice_bias: bool = False
     """Experts are chosen by their score plus a bias, the tensor `choice_bias`; gates are the scores without it."""
     gate_scale: float = 1.0
-    """Multiplies the gates at last."""
+    """A factor of the final gates."""
     gate_input: bool = False
-    """The gate multiplies what an expert gets, and not what it gives (for one expert per token)."""
+    """The gate multiplies an expert's input instead of its output (only for one expert per token)."""
     groups: int = 1
-    """Of as many experts each, one after the other; experts are chosen from the best `used_groups` of them."""
+    """The number of groups of consecutive experts, all of one size; a token's experts are chosen from its best
+    `used_groups` groups."""
     used_groups: int = 1
     group_score: Literal["max", "top2"] = "max"
-    """A group is as good as its best expert, or as the sum of its best two."""
+    """The score of a group: that of its best expert, or the sum of its best two."""
     router_bias: bool = False
-    """Logits of routers have a bias, the tensor `router_bias`."""
+    """Routers add a bias to their logits, the tensor `router_bias`."""
     activation: Activation = "swiglu"
-    """What all FFNs make of gate and up. Those of "relu2" have no gate: its matrix has no rows."""
+    """The function of gate and up in all FFNs. FFNs of "relu2" have no gate: its matrix has no rows."""
     expert_bias: bool = False
-    """The three products of an expert have biases, the tensors `expert_bias.gate .up .down`."""
+    """The three matrix products of an expert have biases, the tensors `expert_bias.gate .up .down`."""
     shared_hidden: tuple[int, ...] = ()
-    """Per layer, the width of the FFN that every token takes; 0 for none; empty for all 0."""
+    """Per layer, the width of the shared FFN, which every token takes; 0 for none; empty for all 0."""
     shared_sigmoid: bool = False
     """In MoE layers the shared FFN's output is scaled by sigmoid(w · x)."""
     branch_norms: bool = False
-    """Routed experts and the FFN beside them each have a norm before and after, and routers one before: the FFN's is
-    `ffn_norm`, the others the tensors `router_norm`, `experts_norm`, `experts_out_norm` and `shared.out_norm`."""
+    """Routed experts and the shared FFN each have a norm before and one after; routers have one before. The norm before
+    the shared FFN is `ffn_norm`; the others are the tensors `router_norm`, `experts_norm`, `experts_out_norm` and
+    `shared.out_norm`."""
     out_norms: bool = False
-    """What a mixer or an FFN gives is normed before it is added, by the tensors `attn_out_norm` and `ffn_out_norm`."""
+    """The output of a mixer or an FFN is normed before it is added to the residual, by `attn_out_norm` and
+    `ffn_out_norm`."""
     layer_scale: bool = False
-    """At its end a layer multiplies the residual by the number `layer_scale`; what is added last has it already."""
+    """At its end a layer multiplies the residual by the number `layer_scale`. The FFN's output is added afterwards: the
+    weight of `ffn_out_norm` includes the factor."""
     head_bias: bool = False
-    """Logits have one, the tensor `head_bias`."""
+    """The head adds a bias to the logits, the tensor `head_bias`."""
     soft_cap: float | None = None
-    """Logits are at last this times the hyperbolic tangent of themselves by this."""
+    """The final logits are soft_cap * tanh(logits / soft_cap); None leaves them as they are."""
     embedding_multiplier: float = 1.0
     residual_multiplier: float = 1.0
     logits_divisor: float = 1.0
@@ -193,7 +197,7 @@ class ModelConfig:
         )
 
     def shared_width(self, layer: int) -> int:
-        """Returns the width of the always-on FFN of a layer, 0 for none."""
+        """Returns the width of a layer's shared FFN, 0 for none."""
         return self.shared_hidden[layer] if self.shared_hidden else 0
 
     def moe_index(self, layer: int) -> int:
@@ -202,7 +206,7 @@ class ModelConfig:
         return at if at < len(self.moe_layers) and self.moe_layers[at] == layer else -1
 
     def mixer(self, layer: int) -> MixerSpec:
-        """Returns what mixes the tokens of a layer."""
+        """Returns the token mixer of a layer."""
         return self.mixers[self.layer_mixers[layer]]
 
     @property
@@ -212,17 +216,17 @@ class ModelConfig:
 
     @property
     def ropes(self) -> list[RopeSpec]:
-        """The distinct ways in which positions turn queries and keys."""
+        """The distinct kinds of RoPE, which rotate queries and keys by their position."""
         return list(dict.fromkeys(rope for mixer in self.mixers for rope in mixer.ropes))
 
     def turns_alike(self, length: int, other: int) -> bool:
-        """Returns whether sequences of `length` and of `other` tokens have the same frequencies in every layer."""
+        """Returns whether sequences of `length` and of `other` tokens have the same RoPE frequencies in every layer."""
         return length == other or all(
             r.frequencies(length) == r.frequencies(other) for r in self.ropes
         )
 
     def ffn(self, layer: int) -> FfnSpec:
-        """Returns what follows the mixer of a layer; equal for layers that do it alike."""
+        """Returns the FFN part of a layer; equal for layers whose FFNs are of one kind."""
         is_routed = self.moe_index(layer) >= 0
         return FfnSpec(
             num_experts=self.num_experts if is_routed else 0,
@@ -237,7 +241,7 @@ class ModelConfig:
 
     @property
     def expert_shapes(self) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
-        """Rows and columns of an expert's gate, up and down; a gate of no rows is none."""
+        """Rows and columns of an expert's gate, up and down; a gate with 0 rows means no gate."""
         d, h = self.hidden_size, self.expert_hidden
         return (h if self.activation != "relu2" else 0, d), (h, d), (d, h)
 
@@ -251,7 +255,7 @@ class ModelConfig:
         )  # fmt: skip
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the fields as JSON values, those that are not at their defaults."""
+        """Returns the fields that differ from their defaults, as JSON values."""
         values: dict[str, Any] = to_values(self)
         return values
 
@@ -273,8 +277,8 @@ def dense_tensors(config: ModelConfig) -> dict[str, TensorSpec]:
     All matrices are [out, in], as in `y = W x`; RoPE is in the half-split layout of transformers.
 
         embed [V, D]  head [V, D] (absent when tied)  norm [D]  head_bias [V]
-        of each kind of RoPE: NAME [dim / 2]  NAME_short (with LongRoPE)
-        layers.I.attn_norm [D]   what the mixer's spec names; of attention:
+        for each kind of RoPE: NAME [dim / 2]  NAME_short (with LongRoPE)
+        layers.I.attn_norm [D]   and what the mixer's spec names; for attention:
         layers.I.q [heads * head_dim, D]  .k .v [kv_heads * head_dim, D]
         layers.I.o [D, heads * head_dim]   .q_bias .k_bias .v_bias .o_bias   .q_norm .k_norm
         layers.I.ffn_norm [D]    layers.I.router [E, D]   .router_bias .choice_bias [E]
@@ -283,8 +287,8 @@ def dense_tensors(config: ModelConfig) -> dict[str, TensorSpec]:
         layers.I.attn_out_norm .ffn_out_norm [D]   .layer_scale [1]
         layers.I.shared.gate .up [S, D]  layers.I.shared.down [D, S]  layers.I.shared.sigmoid [D]
 
-    A layer that is not in `moe_layers` is a dense layer: its FFN is `shared`, without sigmoid. One with no width for
-    that either is a mixer alone, without `ffn_norm`.
+    A layer that is not in `moe_layers` is a dense layer: its FFN is `shared`, without sigmoid. If its `shared_hidden`
+    is 0, too, the layer is only a mixer, without `ffn_norm`.
     """
     d = config.hidden_size
     f32, nested = TensorSpec.f32, TensorSpec.nested

@@ -1,4 +1,4 @@
-"""The devices of this machine beside its processor, and the plug-in that knows them."""
+"""The devices of this machine besides its processor, and the plug-ins that drive them."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ __all__ = ["DeviceName", "Seen", "found", "looked_at", "open_device", "plug_ins"
 
 _FOLDER = Path(__file__).parent / "backends"
 _LINK_BYTES = 16 << 20  # copied to measure a link
-_SLOW_LINK = 5e9  # bytes per second: four lanes of PCIe 3, or a slot that has fallen back to a generation before
-_LITTLE_FREE = 0.5  # of a device's memory
+_SLOW_LINK = 5e9  # bytes per second: four lanes of PCIe 3, or a slot that runs at an older generation's speed
+_LITTLE_FREE = 0.5  # share of a device's memory
 _NO_PLUG_IN = "no plug-in in this install"
 _AGAIN = "EDGEMOE_CUDA=1 pip install --force-reinstall --no-deps . builds both together"
 _CURES = (
@@ -28,22 +28,22 @@ _CURES = (
     ),
     ("has compute capability", "--device cpu runs every model"),
     ("plug-in", _AGAIN),
-)  # the first that a reason contains
+)  # the first whose left side occurs in a reason applies
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceName:
-    """Is "cpu", or "cuda:N" for a device by its number."""
+    """The name of a device: "cpu", or "cuda:N" for device number N."""
 
     ordinal: int | None
-    """None: the processor."""
+    """The device's number; None for the processor."""
 
     @classmethod
     def parse(cls, text: object) -> DeviceName:
         """Reads a name; "cuda" is the first device.
 
         Raises:
-            ValueError: it is none.
+            ValueError: it is no name of a device.
         """
         if text == "cpu":
             return cls(None)
@@ -57,7 +57,7 @@ class DeviceName:
 
 
 def plug_ins() -> list[Path]:
-    """Returns the plug-ins of this install, those for the newest CUDA first."""
+    """Returns the plug-ins of this installation, those for the newest CUDA first."""
     return sorted(_FOLDER.glob("libedgemoe_cuda*.so"), reverse=True)
 
 
@@ -67,11 +67,12 @@ def open_device(
     """Opens a device.
 
     Args:
-        budget_bytes: what may be taken of it; None for all that is free.
-        plug_in: which to ask; None for those of this install.
+        name: a device other than the processor.
+        budget_bytes: the most bytes of its memory to use; None for all that is free.
+        plug_in: the plug-in to use; None for those of this installation.
 
     Raises:
-        DeviceError: there is none; says why.
+        DeviceError: the device cannot be had; says why.
     """
     assert name.ordinal is not None
     why = f"{_NO_PLUG_IN}: it was built without one (EDGEMOE_CUDA=1 pip install .)"
@@ -99,7 +100,7 @@ def found(plug_in: str | os.PathLike[str] | None = None) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """Is a line about a device, or about why there is none, and what repairs it."""
+    """A line about a device, or about why there is none, and what helps."""
 
     text: str
     is_device: bool
@@ -107,7 +108,7 @@ class Seen:
 
 
 def looked_at() -> list[Seen]:
-    """Returns what there is to say of this machine's devices: plug-in and driver, then each with its link."""
+    """Returns lines about this machine's devices: the plug-in and driver, then each device with its link's speed."""
     out = []
     paths = plug_ins()
     if not paths:

@@ -1,4 +1,4 @@
-"""What of this machine and this install helps or hinders: findings, each with what repairs it."""
+"""Checks of this machine and this installation: findings, each with its remedy."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _EXTRAS = {
 }
 _RATE_SIZES = (64 << 10, 512 << 10, 4 << 20)
 _RATE_BYTES = 64 << 20  # read at each size
-_SAMPLE = 64  # rungs of a model whose sums are looked at
+_SAMPLE = 64  # rungs of a model whose checksums are checked
 _SLOW_DISK = 400e6  # bytes per second
 _LITTLE_DISK = 5 << 30
 _REMOTE = {
@@ -53,14 +53,14 @@ _PORT = 8080
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Is one line of the report."""
+    """One line of the report."""
 
     kind: str
     """"ok", "note" or "problem"."""
     subject: str
     text: str
     cure: str = ""
-    """What repairs it; "" where nothing has to be."""
+    """What repairs it; "" where nothing needs repair."""
 
 
 def findings(
@@ -70,13 +70,14 @@ def findings(
     verify: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[Finding]:
-    """Yields what was found, the most general first. Reads up to 192 MiB of one model to measure the disk.
+    """Yields the findings, the most general first. Reads up to 192 MiB of one model to measure the disk.
 
     Args:
-        model: is looked at too, and is what the disk is measured with; None for the largest that is kept.
-        unknown_variables: lines about EDGEMOE_ variables that mean nothing.
-        verify: check every sum of every model.
-        progress: is told of the bytes of a model that were verified.
+        model: a model to check besides the kept ones, with which the disk is measured; None for no other: the disk is
+            measured with the largest kept one.
+        unknown_variables: lines about EDGEMOE_ variables that no program reads.
+        verify: check every checksum of every model, not a sample.
+        progress: is told how many bytes of a model have been verified, and the total.
     """
     yield from _install()
     yield from _processor()
@@ -104,7 +105,7 @@ def findings(
 
 
 def private(text: str) -> str:
-    """Returns a text without names of folders and files outside of edgemoe's cache, of hosts, and what was typed."""
+    """Returns a text without paths outside edgemoe's cache, addresses of other hubs and texts of EDGEMOE_ variables."""
     text = re.sub(r"(EDGEMOE_\w+=)(?![0-9.]+[A-Za-z%]{0,3}$).*", r"\1(set)", text)
     text = re.sub(r"https?://(?!huggingface\.co\b)[^\s,;]+", "(another hub)", text)
     with contextlib.suppress(FileNotFoundError):
@@ -196,7 +197,7 @@ def _memory() -> Iterator[Finding]:
 
 
 def _devices() -> Iterator[Finding]:
-    wanted = bool(devices.plug_ins())  # who has built one has a device
+    wanted = bool(devices.plug_ins())  # whoever has built a plug-in expects a device
     for seen in devices.looked_at():
         kind = "note" if seen.is_device else "problem" if wanted and seen.cure else "ok"
         yield Finding(kind, "device", seen.text, seen.cure)
@@ -289,7 +290,7 @@ def _model(
         moe = open_moe(path)
         broken = verified(moe, progress=progress, sample=None if verify else _SAMPLE)
     except (EdgemoeError, OSError) as error:
-        # Errors begin with the path, which is said by its name; the folder is the user's own.
+        # Errors begin with the path, which the name replaces: the folder is private.
         why = str(error).removeprefix(f"{path}: ")
         return Finding("problem", "model", f"{name}: {why}", _mended(name, path)), None
     if broken:
@@ -309,7 +310,7 @@ def _model(
 
 
 def _mended(name: str, path: Path) -> str:
-    """Returns how a broken model is replaced."""
+    """Returns how to replace a broken model."""
     if any(path == kept.path for kept in library.models()):
         return f"edgemoe rm {name}, and pull or convert it again"
     return "where it should be a model: convert or copy it again"
@@ -341,7 +342,7 @@ def _model_folders() -> list[Path]:
 
 
 def _file_system(path: Path) -> str:
-    """Returns what kind of file system holds a path."""
+    """Returns the type of the file system that holds a path, such as "ext4"."""
     best, kind = "", "unknown"
     target = os.path.realpath(path)
     with contextlib.suppress(OSError):

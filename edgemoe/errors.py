@@ -1,15 +1,15 @@
 """The errors that a user can meet.
 
     EdgemoeError
-    ├── Cancelled                    a pass was broken off, because nobody waits for it any more
+    ├── Cancelled                    a pass was cancelled, because nobody waits for its result any more
     ├── FormatError(ValueError)      a file is not what it claims to be, or a checkpoint is not supported
     ├── OutOfBudget(MemoryError)     the memory budget is too small; says the smallest that works
     ├── ReadError(OSError)           the disk failed while weights were read; says path and offset
     ├── DeviceError(RuntimeError)    a device failed or cannot be had; says which call, or why
-    │   └── DeviceLost               it does nothing any more, and what was on it is gone: open the model again
-    └── RangeError(ArithmeticError)  a number of the model does not fit where it is kept; says where, and what does
+    │   └── DeviceLost               the device has stopped working and its memory is gone: open the model again
+    └── RangeError(ArithmeticError)  a number of the model does not fit its type; says where, and what would hold it
 
-Wrong arguments are plain `ValueError`. What a file may hold is quoted by `quoted`, at most so much of it.
+Wrong arguments are plain `ValueError`. Values from files are quoted with `quoted`, which bounds their length.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ _LONGEST_VALUE, _LONGEST_MESSAGE = 120, 2000  # characters
 
 
 class EdgemoeError(Exception):
-    """Is the base of every error that edgemoe defines."""
+    """The base class of every error that edgemoe defines."""
 
 
 class Cancelled(EdgemoeError):
-    """Says that a pass was broken off, because nobody waits for it any more; sequences are as they were before."""
+    """A pass was cancelled, because nobody waits for its result any more; its sequences are as they were before."""
 
 
 class FormatError(EdgemoeError, ValueError):
-    """Says that a file or checkpoint is malformed or unsupported, and which part of it.
+    """A file or checkpoint is malformed or unsupported; the message names the part.
 
-    The text is bounded, whatever names and values the file brought into it.
+    The length of the message is bounded, whatever names and values of the file are in it.
     """
 
     def __init__(self, *args: Any) -> None:
@@ -55,13 +55,20 @@ class FormatError(EdgemoeError, ValueError):
 
 
 class OutOfBudget(EdgemoeError, MemoryError):
-    """Says that the memory budget is too small, and the smallest that works."""
+    """The memory budget is too small; the message gives the smallest that works."""
 
     _smallest, _parts, _note = 0, "", ""
 
     @classmethod
     def of(cls, ram: int, smallest: int, parts: str, note: str = "") -> OutOfBudget:
-        """Returns the error of a division in bytes; `parts` is what takes them, `note` what else there is to say."""
+        """Returns the error for a budget.
+
+        Args:
+            ram: the budget, in bytes.
+            smallest: the smallest budget that works, in bytes.
+            parts: what takes that memory, as text.
+            note: text to append.
+        """
         given = _mib(ram) if ram >= 1 << 20 else size_text(ram)
         error = cls(
             f"a budget of {given} is too small; the smallest that works is {_mib(smallest)}: {parts}{note}"
@@ -70,7 +77,15 @@ class OutOfBudget(EdgemoeError, MemoryError):
         return error
 
     def beside(self, size: int, what: str, *, ram: int) -> OutOfBudget:
-        """Returns the same of a budget of `ram` bytes that is for something else too; others as they are."""
+        """Returns the same error for a budget that must hold something else too.
+
+        An error that `of` has not made is returned as it is.
+
+        Args:
+            size: the bytes that the other thing takes.
+            what: its name.
+            ram: the whole budget, in bytes.
+        """
         if not self._parts:
             return self
         parts = f"{self._parts}, {_mib(size)} for {what}"
@@ -78,23 +93,23 @@ class OutOfBudget(EdgemoeError, MemoryError):
 
 
 class DeviceError(EdgemoeError, RuntimeError):
-    """Says that a device failed, or why there is none."""
+    """A device failed, or cannot be had; the message says why."""
 
 
 class DeviceLost(DeviceError):
-    """Says that a device does nothing any more, and why: the model has to be opened again, by another process."""
+    """A device has stopped working; the message says why. The model must be opened again, by another process."""
 
 
 class RangeError(EdgemoeError, ArithmeticError):
-    """Says that a number which the model computed does not fit where it must be kept, and what would hold it."""
+    """A number that the model computed does not fit the type it is kept in; the message says what would hold it."""
 
 
 class ReadError(EdgemoeError, OSError):
-    """Says that reading weights failed, with path and offset."""
+    """Reading weights failed; the message gives path and offset."""
 
 
 def shortened(text: str, most: int = _LONGEST_VALUE) -> str:
-    """Returns a text of at most `most` characters, of a longer one the beginning and the end."""
+    """Returns a text cut to at most `most` characters: of a longer one, the beginning and the end."""
     if len(text) <= most:
         return text
     tail = most // 4
@@ -102,7 +117,7 @@ def shortened(text: str, most: int = _LONGEST_VALUE) -> str:
 
 
 def size_text(count: float) -> str:
-    """Returns a number of bytes in three digits and the unit that suits it."""
+    """Returns a number of bytes as text, with three significant digits and a fitting unit."""
     for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if count >= scale:
             return (
@@ -114,7 +129,7 @@ def size_text(count: float) -> str:
 
 
 def quoted(value: object) -> str:
-    """Returns a value as an error quotes it: its `repr`, cut where it is long or deep, as a file's may be."""
+    """Returns a value as errors quote it: its `repr`, cut where it is long or deeply nested, as a file's may be."""
     return shortened(_QUOTE.repr(value))
 
 

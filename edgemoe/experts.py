@@ -1,4 +1,4 @@
-"""The heart: the scheduler decides, the store loads, the kernels compute."""
+"""The execution of routed experts: the scheduler decides, the store loads, the kernels compute."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ __all__ = ["Experts", "Observer"]
 
 
 class Observer:
-    """Is told what happens in each layer; the base does nothing."""
+    """An observer of what happens in each layer, such as a trace; this base class does nothing."""
 
     def begin(self, batch: Batch) -> None:
-        """A batch starts, whose tokens do not count yet."""
+        """Is called when a batch starts; its sequences do not count its tokens yet."""
 
     def planned(self, routing: Routing, plan: Plan, residency: NDArray[np.int8]) -> None:
-        """A plan was made and nothing loaded yet; `residency` [layers, E] is a live view."""
+        """Is called after a plan was made, before anything is loaded; `residency` [layers, E] is a live view."""
 
     def done(self, bytes_read: int, wait_s: float) -> None:
-        """The layer's experts have run; both are totals since the store was opened."""
+        """Is called after the layer's experts have run; both numbers are totals since the store was opened."""
 
     def end(self) -> None:
-        """The batch's logits are there, if they were wanted."""
+        """Is called when the batch's logits have been computed, if they were wanted."""
 
     def close(self) -> None:
-        """Nothing more will happen.
+        """Is called when nothing more will happen.
 
         Raises:
-            OSError: what was told cannot be kept.
+            OSError: what was observed cannot be written.
         """
 
 
 class Experts:
-    """Runs one layer's routed experts for a chunk of tokens."""
+    """The routed experts of all layers, which a call runs for one layer and a chunk of tokens."""
 
     def __init__(
         self,
@@ -61,12 +61,12 @@ class Experts:
         self.store = store
         self.observer = observer
         self.routed = self.skipped = 0
-        """Pairs of a token and an expert that routers chose, and those of them that no plan ran; of layers that are
-        ahead the decoder counts."""
+        """The number of pairs of token and expert that routers chose, and of those that no plan ran. For layers of
+        `ahead` the decoder counts the pairs."""
         self._ops = ops
         self._parts = parts
         self._bits: NDArray[np.int8] | None = None
-        self._levels: NDArray[np.int8] | None = None  # for these bits
+        self._levels: NDArray[np.int8] | None = None  # those of self._bits
 
     def __call__(
         self,
@@ -81,10 +81,14 @@ class Experts:
         Parts are added in plan order, so the order in which experts arrive does not matter.
 
         Args:
-            beside: what may be run with them.
+            routing: the experts and gates that the router chose.
+            layer: what the layer's experts have besides their matrices.
+            x: [T, D], the input.
+            out: [T, D], the output.
+            beside: the layer's shared FFN, which may be run together with the experts; None for none.
 
         Returns:
-            Whether it was.
+            Whether `beside` was run.
         """
         store, ops = self.store, self._ops
         residency = store.residency
@@ -111,9 +115,10 @@ class Experts:
         return is_beside_done
 
     def ahead(self, rule: RouteRule, *, is_start: bool) -> frozenset[int]:
-        """Returns the layers whose experts operations choose and run without a plan in a pass of one token.
+        """Returns the layers whose experts the operations may choose and run without a plan, in a pass of one token.
 
-        See `Ops.ahead`: nobody must want to see a plan, and there is nothing to read that one would begin with.
+        See `Ops.ahead`. There are such layers only if neither an observer nor the scheduler needs to see plans, and if
+        no plan would have to read anything.
         """
         scheduler, store = self.scheduler, self.store
         if (levels := self._levels_of_routed()) is None:
@@ -123,7 +128,7 @@ class Experts:
         return frozenset() if scheduler.look_ahead and is_part else layers
 
     def _run_hits(self, routing: Routing, layer: ExpertLayer, x: Array, out: Array) -> bool:
-        """Runs a token's experts without a plan, where none need be read now nor ahead; returns whether."""
+        """Runs one token's experts without a plan if none must be read, now or ahead; returns whether it did."""
         levels = self._levels_of_routed() if routing.ahead_experts is None else None
         if levels is None:
             return False
@@ -137,7 +142,8 @@ class Experts:
         return True
 
     def _levels_of_routed(self) -> NDArray[np.int8] | None:
-        """Returns what experts run at, [layers * E], where routers alone decide and nobody looks; None elsewhere."""
+        """Returns the levels at which experts run, [layers * E], if routers alone decide and nothing observes; else
+        None."""
         scheduler = self.scheduler
         if self.observer is not None or not scheduler.is_routed or scheduler.fixed_bits is None:
             return None
@@ -147,7 +153,7 @@ class Experts:
         return self._levels
 
     def look_again(self) -> None:
-        """Is told when a scheduler's `fixed_bits` have changed in place."""
+        """Reads the scheduler's `fixed_bits` anew; to be called after they were changed in place."""
         self._bits = None
 
     def run_chosen(
@@ -158,13 +164,13 @@ class Experts:
         out: Array,
         beside: Beside | None = None,
     ) -> bool:
-        """Does for x [1, D] what a call does in a layer that is ahead, once its experts were chosen."""
+        """Does for x [1, D] what a call does, in a layer of `ahead` whose experts have been chosen."""
         return self._ops.run_chosen(layer, x, weights, self._parts, out, beside)
 
     def count(self, layers: Sequence[int]) -> None:
-        """Counts uses of what was chosen in layers that were ahead, as far as operations have not; waits for these.
+        """Counts the uses of experts in layers of `ahead`, unless the operations count them; waits for the choices.
 
-        Of a token that fails half-way a device's are not counted, as it may have nothing to say any more.
+        If a token fails half-way on a device, its uses are not counted: the device may not answer any more.
         """
         experts = self._ops.chosen()[layers]
         if self._levels is not None and not self._ops.counts_chosen:

@@ -30,13 +30,13 @@ _MEMBERSHIP, _CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 
 def process_bytes() -> int:
-    """Returns the resident memory of this process, file-backed pages included."""
+    """Returns the resident memory of this process in bytes, file-backed pages included."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def exact_process_bytes() -> int:
-    """Returns the same, exactly: some kernels count pages by core and sum up late. Walks the page tables."""
+    """Returns the same exactly, by walking the page tables: some kernels count pages per core and add them up late."""
     try:
         lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
     except OSError:
@@ -45,7 +45,7 @@ def exact_process_bytes() -> int:
 
 
 def peak_bytes() -> int:
-    """Returns the highest resident memory that this process ever had, or had since `forget_peak`."""
+    """Returns the highest resident memory of this process in bytes, since its start or since `forget_peak`."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
@@ -53,7 +53,7 @@ def peak_bytes() -> int:
 
 
 def available_bytes() -> int:
-    """Returns how much more memory this process could take: free on the machine and below every cgroup limit.
+    """Returns the bytes that this process could still take: free on the machine and below every cgroup limit.
 
     Page cache counts as free; the kernel drops it.
     """
@@ -84,10 +84,10 @@ def _cgroups(controller: str, membership: Path, root: Path) -> Iterator[tuple[Pa
 
 
 def _cgroup_rooms(membership: Path, root: Path) -> list[int]:
-    """Returns the room below every limit of memory around this process."""
+    """Returns, for each memory limit around this process, the bytes that are left below it."""
     rooms = []
     for group, is_v2 in _cgroups("memory", membership, root):
-        # Above memory.high the kernel slows a process down as much as it takes.
+        # Above memory.high the kernel throttles a process as hard as it must.
         limits = ("memory.max", "memory.high") if is_v2 else ("memory.limit_in_bytes",)
         usage = "memory.current" if is_v2 else "memory.usage_in_bytes"
         rooms += [room for name in limits if (room := _room(group, name, usage)) is not None]
@@ -106,7 +106,7 @@ def _room(group: Path, limit_name: str, usage_name: str) -> int | None:
 
 
 def num_threads() -> int:
-    """Returns how many cores this process may use: its own affinity and quota, hyper-threads counted once."""
+    """Returns how many cores this process may use by its affinity and quota; hyper-threads count once."""
     allowed = len(os.sched_getaffinity(0))
     return max(
         1,
@@ -115,7 +115,7 @@ def num_threads() -> int:
 
 
 def _cpu_quota(membership: Path, root: Path) -> int:
-    """Returns how many cores the quotas around this process amount to (docker --cpus), a large number for none."""
+    """Returns the number of cores that quotas around this process allow (docker --cpus); a large number for none."""
     least = 1 << 20
     for group, is_v2 in _cgroups("cpu", membership, root):
         try:
@@ -132,7 +132,7 @@ def _cpu_quota(membership: Path, root: Path) -> int:
 
 
 def forget_peak() -> None:
-    """Makes `peak_bytes` count from now on, where the kernel allows it."""
+    """Restarts `peak_bytes` from now on, where the kernel allows it."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
@@ -143,15 +143,16 @@ def isa() -> str:
 
 
 def core() -> str:
-    """Returns what the core is built by and uses here, of which instruction sets that this processor has."""
+    """Returns a line about the core: its compiler, the instruction set in use, and those that this processor has."""
     return f"{_core.compiler()}, {_core.isa()} of {', '.join(_core.usable_isas().split())}"
 
 
 def memory_rate(threads: int, *, room: int) -> float:
-    """Returns the bytes per second that `threads` threads read from memory together.
+    """Measures the bytes per second that `threads` threads together read from memory.
 
     Args:
-        room: bytes that this may take; 256 MiB are enough, less may partly measure a cache.
+        threads: how many threads read.
+        room: bytes that the measurement may take; 256 MiB are enough, with less it may partly measure a cache.
     """
     return _core.memory_rate(min(256 << 20, room), threads)
 

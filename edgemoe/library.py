@@ -1,7 +1,7 @@
-"""Where models are kept, and what is there: the folders themselves are the index.
+"""The library of kept models. There is no index besides the folders themselves.
 
-A model is a plain `.moe` file in one of the folders, in a subfolder where it came from a hub. Its name is its path
-there without the ending: `Qwen/Qwen3-30B-A3B`. It may be copied, linked or deleted by hand at any time.
+A model is a plain `.moe` file in one of the folders; one from a hub is in a subfolder. Its name is its path in the
+folder without the ending: `Qwen/Qwen3-30B-A3B`. It may be copied, linked or deleted by hand at any time.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _ENDING, _PART, _PULL = ".moe", ".moe.part", ".moe.pull"
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """Is a model that is there."""
+    """A model that is kept here."""
 
     name: str
     path: Path
@@ -45,12 +45,12 @@ class Kept:
 
 @dataclass(frozen=True, slots=True)
 class Unfinished:
-    """Is what an interrupted pull or conversion has left, for the next one to go on with."""
+    """What an interrupted pull or conversion has left, and the next one continues."""
 
     name: str
     paths: tuple[Path, ...]
     size: int
-    """Bytes on the disk."""
+    """The bytes that they take on the disk."""
 
 
 def cache_dir() -> Path:
@@ -70,7 +70,7 @@ def cache_dir() -> Path:
 
 
 def folders() -> list[Path]:
-    """Returns where models are looked for: those of EDGEMOE_MODELS, else one in the cache. New ones go to the first.
+    """Returns the folders of models: those of EDGEMOE_MODELS, else one in the cache. New models go to the first.
 
     Raises:
         FileNotFoundError: the user has no home.
@@ -85,7 +85,7 @@ def demo_path() -> Path:
 
 
 def models() -> list[Kept]:
-    """Returns the models that are there, by name; of several with one name, that of the first folder."""
+    """Returns the kept models, sorted by name; of several with the same name, the one in the first folder."""
     found: dict[str, Path] = {}
     with contextlib.suppress(FileNotFoundError):
         if demo_path().is_file():
@@ -98,9 +98,9 @@ def models() -> list[Kept]:
 
 
 def find(text: str) -> Path | None:
-    """Returns the model of a name, or of its last part where only one has that; None if there is none."""
+    """Returns the model of a name. The name's last part is enough if only one model has it; None if there is none."""
     text = text.removesuffix(_ENDING)
-    if text == DEMO_FILE.removesuffix(_ENDING):  # as the chat itself calls it
+    if text == DEMO_FILE.removesuffix(_ENDING):  # the chat's greeting calls it so
         text = DEMO
     kept = models()
     for model in kept:
@@ -111,8 +111,8 @@ def find(text: str) -> Path | None:
 
 
 def near(text: str) -> list[str]:
-    """Returns up to three names of models that a mistyped one may have meant."""
-    # The demo is built where it is not there yet, and has the name that the chat itself calls it by.
+    """Returns up to three names of models that a mistyped name may mean."""
+    # The demo counts even if it is not built yet, also by the name that the chat's greeting gives it.
     names = {DEMO: DEMO, DEMO_FILE.removesuffix(_ENDING): DEMO_FILE.removesuffix(_ENDING)}
     for model in models():
         names[model.name.casefold()] = model.name
@@ -124,7 +124,7 @@ def near(text: str) -> list[str]:
 
 
 def unfinished() -> list[Unfinished]:
-    """Returns what was begun and not finished."""
+    """Returns the pulls and conversions that were begun and not finished."""
     left: dict[str, list[Path]] = {}
     for folder in _folders():
         for path in _under(folder):
@@ -136,7 +136,7 @@ def unfinished() -> list[Unfinished]:
 
 
 def note_use(path: Path) -> None:
-    """Makes now the time of a model's last use, which is the file's time of access."""
+    """Sets the time of a model's last use, which is the file's access time, to now."""
     with contextlib.suppress(OSError):
         os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
 
@@ -149,7 +149,7 @@ def _folders() -> list[Path]:
 
 
 def _under(folder: Path) -> Iterator[Path]:
-    """Yields what lies in a folder and its subfolders; of what cannot be read, nothing."""
+    """Yields the files and folders below a folder, except those that cannot be read."""
     for where, dirs, files in os.walk(folder):
         yield from (Path(where, name) for name in (*files, *dirs))
         dirs[:] = [name for name in dirs if not name.endswith(_PULL)]
@@ -160,7 +160,7 @@ def _name(folder: Path, path: Path) -> str:
 
 
 def disk_bytes(path: Path) -> int:
-    """Returns the bytes that a file, or all of a folder, takes on the disk."""
+    """Returns the bytes that a file, or a folder with all its contents, takes on the disk."""
     paths = [path, *path.rglob("*")] if path.is_dir() else [path]
     total = 0
     for each in paths:

@@ -1,8 +1,8 @@
-"""Where the experts of a model and of its adapters are in one table: each layer has a place for each of them.
+"""Places: one numbering, per layer, of the experts of a model and of its adapters.
 
-A router knows only its E experts. What it has chosen for a token is called by its place for that token's adapter; from
-there on, schedulers, store and kernels know places alone, so that tokens of several adapters run in one pass, and what
-adapters share is one expert.
+A router knows only its E experts. The numbers that it chooses for a token are replaced by places, according to the
+token's adapter. From there on, schedulers, store and kernels deal with places only. So tokens of several adapters run
+in one pass, and an expert that adapters share with the model is there once.
 """
 
 from __future__ import annotations
@@ -20,20 +20,21 @@ __all__ = ["Places"]
 
 @dataclass(frozen=True, slots=True)
 class Places:
-    """Says which expert is where."""
+    """The mapping between experts and places."""
 
     tables: NDArray[np.int32]
-    """[adapters + 1, layers, E]: the place in its layer of each expert; first those of the model alone."""
+    """[adapters + 1, layers, E]: the place of each expert in its layer; row 0 is for the model without an adapter."""
     names: NDArray[np.int32]
-    """[layers, places]: which expert each place is of; -1 for none."""
+    """[layers, places]: the expert (0 to E - 1) that each place holds a version of; -1 for an empty place."""
     owner: NDArray[np.int32]
-    """[layers, places - E]: whose the further ones are, adapters counted from 1; 0 for nobody's."""
+    """[layers, places - E]: the adapter, counted from 1, of each place after the first E; 0 for an empty place."""
 
     def put(self, routing: Routing, rows: Sequence[tuple[slice, int]]) -> None:
-        """Calls the experts of a routing by their places, in place; its scores are of no use any more, and left out.
+        """Replaces the experts of a routing by their places, in the same arrays; its scores, which are by expert, go.
 
         Args:
-            rows: of each sequence that has an adapter, and its number.
+            routing: the routing to change.
+            rows: for each sequence that has an adapter, its rows and the adapter's number, from 1.
         """
         routing.scores = None
         for mine, adapter in rows:

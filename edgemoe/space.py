@@ -1,4 +1,4 @@
-"""Address space under a limit: libraries that cannot have it abort without a word that helps, so we ask before."""
+"""Checks of address space under a limit: libraries that run out of it abort without a useful message."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ _LIMITS = (resource.RLIMIT_AS, resource.RLIMIT_DATA)
 
 
 def expect_space(size: int, what: str) -> None:
-    """Checks that so many bytes of addresses can be had; takes none, and costs nothing where there is no limit.
+    """Checks that `size` bytes of address space can be had; it keeps none, and costs nothing where there is no limit.
 
     Args:
-        what: needs them; errors begin with it.
+        size: the bytes that are needed.
+        what: what needs them; errors begin with it.
 
     Raises:
         OutOfBudget: the system refuses them.

@@ -1,1 +1,1 @@
-"""Models from the Hugging Face hub, or from a server that speaks as it does. Nothing else imports huggingface_hub."""
+"""Models from the Hugging Face hub, or from a server with the same API. Nothing else imports huggingface_hub."""

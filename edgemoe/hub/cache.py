@@ -1,4 +1,4 @@
-"""A repository as Hugging Face's cache has it: where no hub may be asked."""
+"""A repository in Hugging Face's cache, for use where the hub must not be asked."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _SHA256, _SHA1 = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{40}")
 
 
 class CachedRepository:
-    """Reads what an earlier download has left in the cache; implements `Source`."""
+    """The files that an earlier download has left in the cache; implements `Source`."""
 
     def __init__(self, repo: str, revision: str | None = None) -> None:
-        """Finds the revision.
+        """Finds the revision in the cache.
 
         Raises:
-            Unreachable: it is not in the cache.
+            Unreachable: the repository or the revision is not in the cache.
         """
         from huggingface_hub import snapshot_download
 
@@ -47,14 +47,14 @@ class CachedRepository:
             return file.read(-1 if stop is None else max(stop - start, 0))
 
     def read_whole(self, name: str) -> bytes:
-        """Returns a file."""
+        """Returns the content of a file."""
         return self.read(name)
 
     def cached(self, name: str) -> Path:
-        """Returns where a file is.
+        """Returns the path of a file.
 
         Raises:
-            HubError: it is not what was downloaded.
+            HubError: its size or checksum is wrong.
         """
         path = Path(os.path.realpath(self._folder / name))
         if not is_sound(path, self.files[name]):
@@ -66,7 +66,7 @@ class CachedRepository:
         raise AssertionError(name)
 
     def _file(self, path: Path) -> RemoteFile:
-        blob = os.path.basename(os.path.realpath(path))  # its name is its sum
+        blob = os.path.basename(os.path.realpath(path))  # the name of a blob is its checksum
         name = path.relative_to(self._folder).as_posix()
         return RemoteFile(
             name,

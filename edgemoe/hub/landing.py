@@ -1,4 +1,4 @@
-"""Weights that arrive one file at a time: each is converted while it is there, and then gives its room to the next."""
+"""Weights that arrive one file at a time: each file is converted while it is here, then makes room for the next."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from edgemoe.hub.remote import RemoteFile
 
 __all__ = ["Landing"]
 
-_TIED = "the head beside a tied embedding"  # waits as records do, and is looked at in their place
-_MARGIN = 16 << 20  # of the disk, for folders and logs
+_TIED = "the head beside a tied embedding"  # waits for files like a record, but is only checked
+_MARGIN = 16 << 20  # bytes of disk for folders and logs
 
 
 class Landing:
-    """Says when a record's weights can be read; is what `convert` takes as `arrivals`.
+    """The order in which records can be converted while files arrive; passed to `convert` as `arrivals`.
 
-    In the folder of `outline`, a file that has landed is a link to where it is: `landed`, or Hugging Face's cache.
-    Every other is as good as its header: of a file that has left, only what other files' records wait for is kept.
+    In the folder of `outline`, a file that has landed is a link into `landed` or into Hugging Face's cache. Any other
+    file has only its header, and holes for the rest. A file that has left also keeps the bytes of records that wait for
+    a later file.
     """
 
     def __init__(
@@ -37,13 +38,14 @@ class Landing:
         progress: Callable[[int, int], None],
         reopen: Callable[[], None],
     ) -> None:
-        """Nothing is fetched yet.
+        """Prepares the landing; nothing is fetched yet.
 
         Args:
-            files: those with weights, in the order in which they are fetched.
-            folder: of `outline`.
-            checkpoint: what is open there.
-            progress: is told the bytes that are here of these files, and how many there are.
+            repository: where the files come from.
+            files: the files with weights, in the order in which they are fetched.
+            folder: the folder that `outline` has made.
+            checkpoint: the checkpoint that is open there.
+            progress: is told how many bytes of these files have arrived, and their total.
             reopen: is called when files have been replaced.
         """
         self._repository, self._files = repository, tuple(files)
@@ -55,11 +57,11 @@ class Landing:
         self._places: dict[str, list[Bytes]] = {}
 
     def __call__(self, model: SourceModel, writer: Writer, missing: Sequence[str]) -> Iterator[str]:
-        """Yields the records, those of one file after those of another.
+        """Yields the names of the missing records as soon as each can be read, file by file.
 
         Raises:
-            HubError: the hub does not give a file, or gave something else.
-            OSError: there is no room, or it cannot be written.
+            HubError: the hub does not give a file, or gave a wrong one.
+            OSError: the disk is full, or cannot be written.
             FormatError: a head that should be a copy of the embedding is not.
         """
         tied = model.tied
@@ -90,13 +92,13 @@ class Landing:
                         require_tied(self._checkpoint, tied[1])
                     else:
                         yield name
-                writer.sync()  # what was made of these files must survive them
+                writer.sync()  # records made from these files must be on disk before the files go
                 self._leave(self._files[: i + 1], waiting)
             done += file.size
             self._progress(done, self._total)
 
     def _of(self, file: RemoteFile, names: Sequence[str] | Mapping[str, object]) -> Iterator[Bytes]:
-        """Yields what of a file these records need."""
+        """Yields the byte ranges of a file that these records need."""
         base = Path(file.name).name
         for name in names:
             yield from (place for place in self._places[name] if place.path.name == base)
@@ -123,12 +125,12 @@ class Landing:
         self._reopen()
 
     def _leave(self, files: Sequence[RemoteFile], waiting: Mapping[str, object]) -> None:
-        """Gives up files but for what records still wait for."""
+        """Removes files, except for the bytes that records still wait for."""
         for file in files:
             path, kept = self._path(file), list(self._of(file, waiting))
             target = self._landed / path.name
             if not target.exists() and path.name not in self._kept:
-                continue  # somebody else's, or as good as its header
+                continue  # it is in Hugging Face's cache, or has only its header already
             write_hollow(path, file.size, (), [*_always(path), *kept])
             target.unlink(missing_ok=True)
             self._kept.discard(path.name)
@@ -149,7 +151,7 @@ class Landing:
 
 
 def _always(path: Path) -> Iterator[Bytes]:
-    """Yields what opening a file reads."""
+    """Yields the byte ranges that opening a file reads."""
     if path.suffix == ".gguf":
         from edgemoe.convert.gguf import header_end
 

@@ -1,4 +1,4 @@
-"""What a model of a hub is called: `user/repo`, a revision of it, and bits or one of its GGUF quants."""
+"""Names of models on a hub: `user/repo`, and optionally a revision, and bits or one of its GGUF quants."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ _NAME = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class HubName:
-    """Is what a user asks a hub for."""
+    """The model that a user asks a hub for."""
 
     repo: str
     revision: str | None = None
     bits: int | None = None
-    """The most that the file is to hold; None for all."""
+    """The highest level of the `.moe` file to make; None for all."""
     quant: str = ""
-    """Which of a repository's GGUF files, as Q4_K_M; "" for its safetensors, or to be chosen."""
+    """Which of a repository's GGUF files, such as Q4_K_M; "" for its safetensors, or for a choice by `choose`."""
 
     @classmethod
     def parse(cls, text: str) -> HubName:
         """Reads `user/repo[@revision][:bits or quant]`.
 
         Raises:
-            ValueError: it is none.
+            ValueError: the text is no such name.
         """
         match = _NAME.fullmatch(text)
         if match is None or ".." in text:
@@ -42,12 +42,12 @@ class HubName:
         return cls(repo, revision, quant=tag)
 
     def with_bits(self, bits: int | None) -> HubName:
-        """Returns the same of other bits; None changes nothing."""
+        """Returns the same name with other bits; None changes nothing."""
         return self if bits is None else replace(self, bits=bits)
 
     @property
     def kept(self) -> str:
-        """What the model is called where models are kept: no two that differ have one name."""
+        """The name under which the model is kept; models that differ have different names."""
         name = self.repo
         if self.revision is not None:
             name += "@" + self.revision.replace("/", "-")

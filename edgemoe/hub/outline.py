@@ -1,6 +1,7 @@
-"""A checkpoint on a hub as a folder here: all of its small files, and of the large ones the headers, with holes behind.
+"""An outline of a hub's checkpoint: a folder with all of its small files, and of the large ones only the headers.
 
-What has holes has its right size, so that whatever opens a checkpoint opens it; only its weights must not be read yet.
+The large files are sparse and have their full size: behind the header is a hole. So the usual code opens the
+checkpoint; only its weights must not be read yet.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ _SMALL = (
     "special_tokens_map.json", "chat_template.jinja", "generation_config.json", "LICENSE",
 )  # fmt: skip
 _MOST_SMALL = 64 << 20
-_FIRST = 16 << 10  # of a file with a header, what is asked for at once
-_FIRST_GGUF = 8 << 20  # it has the vocabulary too
+_FIRST = 16 << 10  # bytes of the first request for a file with a header
+_FIRST_GGUF = 8 << 20  # the same for GGUF, whose header has the vocabulary too
 _MOST_HEADER = 100_000_000
 _AT_ONCE = 8
 _BLOCK = 16 << 20
@@ -39,7 +40,7 @@ _PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 
 
 class Source(Protocol):
-    """Has the files of a model's repository."""
+    """The files of a model's repository."""
 
     repo: str
     commit: str
@@ -49,25 +50,25 @@ class Source(Protocol):
         """Returns the bytes of a file from `start` to before `stop`. Raises HubError when they cannot be had."""
 
     def read_whole(self, name: str) -> bytes:
-        """Returns a small file, its sum checked. The errors are those of `read`."""
+        """Returns the content of a small file, after checking its checksum. The errors are those of `read`."""
 
     def cached(self, name: str) -> Path | None:
-        """Returns a file that need not be fetched, its sum checked; None where there is none."""
+        """Returns the path of a file that need not be fetched, after checking its checksum; None if there is none."""
 
     def download(self, name: str, path: Path, progress: Callable[[int], None]) -> None:
-        """Brings a file to `path`, which appears when it is whole. The errors are those of `read`, and OSError."""
+        """Fetches a file to `path`, which appears when it is whole. The errors are those of `read`, and OSError."""
 
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """Is which files of a repository make the model."""
+    """The files of a repository that make the model."""
 
     name: HubName
     small: tuple[RemoteFile, ...]
     weights: tuple[RemoteFile, ...]
-    """In the order in which they are fetched; of a GGUF file the first part is the first."""
+    """In the order in which they are fetched; of a split GGUF file, the first part comes first."""
     note: str = ""
-    """What was chosen though nobody said so; "" for nothing."""
+    """A line about a choice that the user did not make; "" for none."""
 
     @property
     def is_gguf(self) -> bool:
@@ -75,15 +76,15 @@ class Chosen:
 
     @property
     def size(self) -> int:
-        """Bytes of the weights."""
+        """Bytes of the files with weights."""
         return sum(file.size for file in self.weights)
 
 
 def choose(repository: Source, name: HubName) -> Chosen:
-    """Chooses the safetensors of a repository, or of one that has none, or where a quant was asked for, its GGUF files.
+    """Chooses a repository's safetensors; its GGUF files if it has none, or if the name asks for a quant.
 
     Raises:
-        FormatError: it has neither, or the quant must be chosen.
+        FormatError: it has neither, or not the quant, or several models of the quant.
         HubError: the hub does not give the index.
     """
     files = repository.files
@@ -97,12 +98,12 @@ def choose(repository: Source, name: HubName) -> Chosen:
 
 
 def outline(repository: Source, chosen: Chosen, folder: Path) -> Path:
-    """Makes the folder, or what of it is missing, and returns what is to be opened: the folder, or a GGUF file in it.
+    """Makes the folder, or what it lacks, and returns the path to open: the folder, or a GGUF file in it.
 
     Raises:
-        HubError: the hub does not give something, or gave something else.
+        HubError: the hub does not give a file, or gave a wrong one.
         FormatError: a header is not sound.
-        OSError: it cannot be written.
+        OSError: the folder cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -133,10 +134,13 @@ def outline(repository: Source, chosen: Chosen, folder: Path) -> Path:
 def write_hollow(
     path: Path, size: int, parts: Iterable[tuple[int, bytes]], kept: Iterable[Bytes] = ()
 ) -> None:
-    """Writes a file of `size` bytes that has these parts, and those bytes of files at their own offsets, and holes.
+    """Writes a sparse file of `size` bytes: some parts, bytes of other files at their own offsets, and holes.
 
     Args:
-        path: may be a link, which is replaced, and one of the files whose bytes are kept.
+        path: the file to write. It may be a link, which is replaced, and may be a file whose bytes are kept.
+        size: bytes of the whole file, holes included.
+        parts: offsets, and the bytes to write there.
+        kept: byte ranges of files, which are copied to the same offsets.
 
     Raises:
         OSError: it cannot be written.

@@ -1,4 +1,4 @@
-"""Makes a model of what a hub has, while it arrives."""
+"""The conversion of a hub's model while its files arrive."""
 
 from __future__ import annotations
 
@@ -37,11 +37,15 @@ def kept_path(name: HubName) -> Path:
 
 
 def open_repository(name: HubName, *, retries: int = 5) -> Source:
-    """Opens a repository, where HF_HUB_OFFLINE is set in Hugging Face's cache.
+    """Opens a repository on the hub, or, where HF_HUB_OFFLINE is set, in Hugging Face's cache.
+
+    Args:
+        name: names the repository and the revision.
+        retries: how often a busy hub is asked again.
 
     Raises:
-        Unreachable: no hub can be asked.
-        HubError: it is not there, or not for everyone.
+        Unreachable: the hub cannot be reached or, with HF_HUB_OFFLINE, the cache lacks the repository.
+        HubError: there is no such repository or revision, or access is denied.
     """
     from huggingface_hub.constants import is_offline_mode
 
@@ -52,7 +56,7 @@ def open_repository(name: HubName, *, retries: int = 5) -> Source:
 
 @contextlib.contextmanager
 def saying_what_is_here(name: HubName) -> Iterator[None]:
-    """Adds to the error that no hub can be asked what of a model is here, and what to do."""
+    """Adds to an `Unreachable` error what of the model is here already, and what to do."""
     try:
         yield
     except Unreachable as error:
@@ -72,7 +76,7 @@ def _here(name: HubName) -> str:
 
 
 def _is_cached(name: HubName) -> bool:
-    """Says whether Hugging Face's cache has all files that a model would be made of."""
+    """Returns whether Hugging Face's cache has the files that a model would be made of."""
     try:
         chosen = choose(CachedRepository(name.repo, name.revision), name)
     except (HubError, FormatError, OSError):
@@ -89,21 +93,23 @@ def pull(
 ) -> Path:
     """Fetches a model's files one by one, converts each as it lands and returns the `.moe` file.
 
-    At any moment the disk holds the `.moe` file and one file of its source, and of the others what two of them share.
-    What was interrupted, however, goes on at the next call. The file appears under its name when it is whole; the sum
-    of every fetched file was right by then. Files that Hugging Face's cache has are taken from there, and stay.
+    At any moment the disk holds the `.moe` file, one file of its source, and of earlier files the bytes of records that
+    also need a later file. After an interruption of any kind, the next call goes on. The `.moe` file appears under its
+    name when it is whole; by then the checksum of every fetched file has been checked. Files that Hugging Face's cache
+    has are read from there, and stay.
 
     Args:
+        name: the model.
         say: is told what happens, in lines.
-        progress: is told the bytes that were fetched and written, and how many there are of both.
-        retries: how often a hub that is busy is asked again.
+        progress: is told the bytes that were fetched and written so far, and the total of both.
+        retries: how often a busy hub is asked again.
 
     Raises:
-        Unreachable: no hub can be asked; says what is here.
-        HubError: the hub does not give something, or gave something else.
+        Unreachable: the hub cannot be reached; says what is here already.
+        HubError: the hub does not give a file, or gave a wrong one.
         FormatError: the model is not sound, or not supported.
-        ValueError: the bits are no level.
-        OSError: there is no room, or it cannot be written.
+        ValueError: there is no level of so many bits.
+        OSError: the disk is full, or cannot be written.
     """
     out = kept_path(name)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -176,7 +182,7 @@ def _origin(repository: Source, chosen: Chosen) -> dict[str, Any]:
 
 
 def _files(path: Path) -> object:
-    """Returns the sum of the files that a model was made of; None where it does not say."""
+    """Returns the digest over the files that a model was made from; None where the model does not hold one."""
     from edgemoe.file.format import open_moe
 
     try:
@@ -187,9 +193,9 @@ def _files(path: Path) -> object:
 
 
 def _keep_or_clear(folder: Path, files: str) -> None:
-    """Clears what an interrupted pull of other files has left."""
+    """Makes the folder of a pull; first removes one that an interrupted pull of other files has left."""
     mark = folder / _ORIGIN
-    if folder.is_symlink():  # somebody else's; what is written there is not kept from them
+    if folder.is_symlink():  # it may lead to another user's folder, who could change files
         raise FileExistsError(errno.EEXIST, "is a symbolic link; expected none", str(folder))
     if folder.is_dir() and (not mark.is_file() or mark.read_bytes() != files.encode()):
         shutil.rmtree(folder)
@@ -198,7 +204,7 @@ def _keep_or_clear(folder: Path, files: str) -> None:
 
 
 class _Current:
-    """Is the checkpoint in a folder whose files come and go: GGUF files are mapped and have to be opened again."""
+    """A checkpoint in a folder whose files come and go. GGUF files are memory-mapped, so they must be opened again."""
 
     def __init__(self, path: Path, name: str) -> None:
         self._path = path

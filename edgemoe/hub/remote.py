@@ -1,4 +1,4 @@
-"""A repository on a hub: which files it has, their sums, and their bytes, whole or in part."""
+"""A repository on a hub: its files, their checksums, and their bytes, whole or in part."""
 
 from __future__ import annotations
 
@@ -20,48 +20,51 @@ from edgemoe.file.whole import locked, named, pwrite
 __all__ = ["HubError", "RemoteFile", "Repository", "Unreachable", "is_sound"]
 
 _BLOCK = 1 << 20
-_PATIENCE = 4  # times that nothing more came before a download is given up
-_PROXIES = {"Accept-Encoding": "identity"}  # or ranges are of what is compressed
+_PATIENCE = 4  # attempts in a row without a new byte before a download is given up
+_PROXIES = {"Accept-Encoding": "identity"}  # otherwise ranges may count compressed bytes
 
 
 class HubError(EdgemoeError, OSError):
-    """Says what a hub did not give, and what can be done."""
+    """A hub did not give what was asked for; the message says what, and what can be done."""
 
 
 class Unreachable(HubError):
-    """Says that no hub can be asked, and why."""
+    """The hub cannot be reached; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
 class RemoteFile:
-    """Is a file of a repository."""
+    """A file of a repository."""
 
     name: str
     size: int
     sha256: str | None
-    """Of the content; None for small files, which have a git sum alone."""
+    """SHA-256 of the content, in hex; None for small files, which have only `git_sum`."""
     git_sum: str | None
+    """Git's SHA-1 of the content, in hex."""
 
     @property
     def sum(self) -> str:
-        """What differs when the content does."""
+        """The checksum of the content: `sha256`, else `git_sum`; "" where the hub gives neither."""
         return self.sha256 or self.git_sum or ""
 
 
 class Repository:
-    """Reads a revision of a repository; which one that is, is settled when it is opened."""
+    """One revision of a repository on a hub, fixed to a commit when it is opened."""
 
     def __init__(self, repo: str, revision: str | None = None, *, retries: int = 5) -> None:
-        """Asks the hub of HF_ENDPOINT what there is, with HF_TOKEN's rights.
+        """Asks the hub at HF_ENDPOINT for the list of files, with the rights of HF_TOKEN.
 
         Args:
-            retries: how often a hub that is busy is asked again.
+            repo: user/repo.
+            revision: a branch, tag or commit; None for the main branch.
+            retries: how often a busy hub is asked again.
 
         Raises:
-            Unreachable: it does not answer.
-            HubError: it says no, or HF_HUB_OFFLINE forbids to ask.
+            Unreachable: the hub does not answer.
+            HubError: the hub refuses, or HF_HUB_OFFLINE is set.
         """
-        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # our one line says it
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # our own error line says it
         self.repo = repo
         self._retries = retries
         _require_endpoint()
@@ -105,7 +108,7 @@ class Repository:
         return bytes(out[: stop - start])
 
     def read_whole(self, name: str) -> bytes:
-        """Returns a small file, its sum checked. The errors are those of `read`."""
+        """Returns the content of a small file, after checking its checksum. The errors are those of `read`."""
         content = self.read(name)
         digest = _Sum(self.files[name])
         digest.update(content)
@@ -113,13 +116,15 @@ class Repository:
         return content
 
     def download(self, name: str, path: Path, progress: Callable[[int], None]) -> None:
-        """Brings a file to `path`, which appears when it is whole; goes on where an earlier call stopped.
+        """Fetches a file to `path`, which appears when it is whole; goes on where an earlier call stopped.
 
         Args:
-            progress: is told the bytes that are there.
+            name: the file's name in the repository.
+            path: where to write it.
+            progress: is told the bytes that have arrived so far.
 
         Raises:
-            HubError: the hub does not give it, or gave something else.
+            HubError: the hub does not give the file, or its size or checksum is wrong.
             OSError: it cannot be written.
         """
         file = self.files[name]
@@ -148,7 +153,7 @@ class Repository:
             os.replace(part, path)
 
     def cached(self, name: str) -> Path | None:
-        """Returns a file of this revision in Hugging Face's cache, if it is there and sound; None otherwise."""
+        """Returns the path of a file of this commit in Hugging Face's cache, if it is there and sound; else None."""
         from huggingface_hub import try_to_load_from_cache
 
         found = try_to_load_from_cache(self.repo, name, revision=self.commit)
@@ -160,10 +165,13 @@ class Repository:
     def _continue(
         self, file: RemoteFile, out: io.FileIO, digest: _Sum, progress: Callable[[int], None]
     ) -> tuple[int, _Sum]:
-        """Appends what comes of a file; a connection that breaks ends it without an error."""
+        """Appends the bytes of a file that arrive; returns the new size and the checksum so far.
+
+        A connection that breaks ends this without an error.
+        """
         have = out.seek(0, os.SEEK_END)
         with self._stream(file.name, have, file.size) as (at, pieces):
-            if at != have:  # the hub gives files as a whole only
+            if at != have:  # the hub ignores ranges and sends whole files
                 out.truncate(0)
                 digest, have = _Sum(file), 0
             for piece in _until_it_breaks(pieces):
@@ -177,7 +185,7 @@ class Repository:
 
     @contextlib.contextmanager
     def _stream(self, name: str, start: int, stop: int) -> Iterator[tuple[int, Iterator[bytes]]]:
-        """Gives the offset at which the bytes begin that the hub sends, and these bytes."""
+        """Opens a request for a range of bytes; yields the offset at which the answer begins, and its bytes."""
         from huggingface_hub import hf_hub_url
         from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
 
@@ -204,7 +212,7 @@ class Repository:
 
     @contextlib.contextmanager
     def _said(self, where: str) -> Iterator[None]:
-        """Says in one line what the hub's errors mean."""
+        """Turns the hub's errors into one line that says what they mean."""
         from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 
         where = f"{self.repo}: {where}"
@@ -224,7 +232,7 @@ class Repository:
 
 
 def is_sound(path: Path, file: RemoteFile) -> bool:
-    """Says whether a file here is what a hub has. Raises OSError when it cannot be read."""
+    """Returns whether a local file has the size and checksum that a hub gives. Raises OSError if it cannot be read."""
     if path.stat().st_size != file.size:
         return False
     digest = _Sum(file)
@@ -235,7 +243,7 @@ def is_sound(path: Path, file: RemoteFile) -> bool:
 
 
 class _Sum:
-    """Sums a file's content the way that its hub did."""
+    """A checksum of a file's content, of the kind that the hub gives for it."""
 
     def __init__(self, file: RemoteFile) -> None:
         self._file = file
@@ -258,7 +266,7 @@ class _Sum:
 
 
 def _until_it_breaks(pieces: Iterator[bytes]) -> Iterator[bytes]:
-    """Yields what comes before a connection breaks, however it does."""
+    """Yields what arrives before a connection breaks, in whatever way."""
     from huggingface_hub.errors import HTTPError
 
     with contextlib.suppress(HTTPError):
@@ -272,7 +280,7 @@ def _endpoint() -> str:
 
 
 def _require_endpoint() -> None:
-    """Checks that the hub's address is one; where HF_ENDPOINT is set but empty, it is taken as it is."""
+    """Checks that the hub's address is a URL: huggingface_hub takes an HF_ENDPOINT that is set but empty as it is."""
     if not _endpoint().startswith(("http://", "https://")):
         raise HubError(
             f"HF_ENDPOINT: expected an address like https://huggingface.co, got {quoted(_endpoint())}; "
@@ -301,7 +309,7 @@ def _meaning(response: Any, error: BaseException) -> str:
 
 
 def _without_number(text: str) -> str:
-    """Returns the words of an error of the system."""
+    """Returns the text of a system error without its "[Errno N]"."""
     return re.sub(r"^\[Errno -?\d+\] ", "", text)
 
 
