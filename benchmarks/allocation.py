@@ -1,12 +1,12 @@
-"""Compares the ways to give every expert its bits: KL divergence to the model's highest level at the same mean bits.
+"""Compares methods that give every expert its bits: KL divergence from the model's highest level at equal mean bits.
 
     edgemoe convert path/to/mini-moe mini.moe
     edgemoe calibrate mini.moe --text calibration.txt
     python benchmarks/allocation.py mini.moe mini.calib held_out.txt --measure calibration.txt
 
-Experts alone run at fewer bits, everything else at the file's highest level, which is also the reference. The text is
-cut into windows of which the second half counts. `--measure` is the text of expertwise's search; without it
-expertwise is left out.
+Only experts run at fewer bits; everything else runs at the file's highest level, which is also the reference. The text
+is cut into windows, and the second half of each counts. `--measure` is the text on which expertwise searches; without
+it, that method is left out.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Times attention of one layer at a depth, for types of keys and values in turns; no model needed.
+"""Times one layer's attention at some depth of the context, for types of keys and values in turns; needs no model.
 
     python benchmarks/attention.py [--shape 32,4,128] [--depth 8192] [--threads 2] [--types f16,q8_0,q4_0]
 
-Single tokens are medians over rounds of several layers, which together do not fit the processor's caches. The prompt is
-the last 256 tokens of the depth, once.
+Times of single tokens are medians over rounds through several layers, which together do not fit the processor's caches.
+The time of a prompt is that of the last 256 tokens of the depth, measured once.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ LAYERS, CHUNK = 8, 256
 
 
 class Attention:
-    """Is one layer's attention of a shape, whose positions turn nothing."""
+    """One layer's attention of some shape, whose rotary angles are all 0."""
 
     def __init__(self, shape: tuple[int, int, int], depth: int, threads: int) -> None:
         self.heads, self.kv_heads, self.columns = shape
@@ -45,14 +45,14 @@ class Attention:
         )  # fmt: skip
 
     def rows(self, count: int) -> list[NDArray[np.float32]]:
-        """Returns queries, keys and values of so many tokens."""
+        """Returns random queries, keys and values of `count` tokens."""
         return [
             self._rng.standard_normal((count, n * self.columns)).astype(np.float32)
             for n in (self.heads, self.kv_heads, self.kv_heads)
         ]
 
     def run(self, pos: int, kv: _core.KvLayer, *, all: bool = True) -> float:
-        """Runs CHUNK tokens from `pos` on, or one behind the depth; returns the seconds."""
+        """Runs CHUNK tokens from `pos` on, or one token after the depth; returns the seconds."""
         count = CHUNK if pos + CHUNK < self.capacity else 1
         q, k, v = self.rows(count)
         cos = np.ones((count, self.columns // 2), np.float32)

@@ -1,13 +1,12 @@
-"""Compares trained bit routers with others at the same average bits: KL divergence to the model's highest level.
+"""Compares trained bit routers with other choices of bits: KL divergence from the model's highest level.
 
     edgemoe train-bit-router MODEL.moe --text calibration.txt -o trained.bit-routers
     python benchmarks/bit_routers.py MODEL.moe trained.bit-routers --text held_out.txt
 
-Token by token, as in a reply, so that the averages are those of slots. The others are levels that are the same for
-all, d2moe's rule with its shares moved to the trained average, d2moe's default shares, an allocation (if the model
-holds one) and precisions drawn at random. Where the routers may leave experts out (level 0), d2moe's rule cannot, and
-the levers `top_p` and `skip_below` are there instead, told to leave out as many. Bits are those of every expert that
-the model's routers chose: one that does not run has 0.
+Everything runs token by token, as in a reply. The other choices are: d2moe's rule with its shares moved to the trained
+average, one level for all experts, an allocation (if the model holds one), and bits drawn at random. Where the routers
+may leave experts out (level 0), which d2moe's rule cannot, the levers `top_p` and `skip_below` take its place, set to
+leave out as many. Bits are averages over all experts that the model's routers chose; one that does not run has 0.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from edgemoe.text.tokenizer import Tokenizer
 
 
 def drawn(like: BitRouters) -> BitRouters:
-    """Routers whose choice depends on the token and on nothing that matters."""
+    """Returns routers with random weights: their choice depends on the token, but means nothing."""
     rng = np.random.default_rng(0)
     return BitRouters(
         levels=like.levels, weight=rng.standard_normal(like.weight.shape).astype(np.float32),
@@ -42,7 +41,7 @@ def drawn(like: BitRouters) -> BitRouters:
 def as_many(
     like: Quality, plain: Trial, of: Callable[[Trial], Quality]
 ) -> Iterator[tuple[str, Quality]]:
-    """Each lever that leaves experts out, at the setting that leaves out about as many as `like`."""
+    """Yields each lever that leaves experts out, at the setting that leaves out about as many as `like`."""
     for name, bounds in (("top_p", (1.0, 0.0)), ("skip_below", (0.0, 1.0))):
         none, all_ = bounds
         for _ in range(6):  # bisection

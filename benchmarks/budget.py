@@ -3,8 +3,8 @@
     python benchmarks/budget.py MODEL.moe [--json FILE]
 
 Each row is `edgemoe-run MODEL --ram SIZE` in a control group of the same SIZE, with no swap: the text must be the
-same, nothing may be killed. The second run of a row has no control group, and its memory must stay below SIZE by
-itself; "in use" is what it took at most, as a share of SIZE. Needs root.
+same, and nothing may be killed. The second run of a row has no control group, and its memory must stay below SIZE by
+itself; "in use" is its peak memory as a share of SIZE. Needs root.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ def command(args: argparse.Namespace, ram: int) -> list[str]:
 
 
 def slots(err: str) -> int:
-    """Bytes for experts that a run had, from its own messages."""
+    """Returns the bytes for experts that a run had, from its own messages."""
     match = re.search(r"room: (\d+) of \d+ bytes for experts", err)
     return int(match[1]) if match else 0
 
 
 def ram_for(args: argparse.Namespace, wanted: int) -> int:
-    """Finds the budget that leaves `wanted` bytes for experts."""
+    """Returns the budget that leaves about `wanted` bytes for experts."""
     least = smallest(args)
     ram = least + wanted
     for _ in range(3):
@@ -56,7 +56,7 @@ def ram_for(args: argparse.Namespace, wanted: int) -> int:
 
 
 def smallest(args: argparse.Namespace) -> int:
-    """Asks the program itself."""
+    """Returns the smallest budget in bytes that works, as the program itself says."""
     err = limits.run(command(args, 1 << 20), stdin=" ").err
     match = re.search(r"smallest that works is (\d+) MiB", err)
     if match is None:
@@ -102,7 +102,7 @@ def main() -> None:
     experts, expert = map(int, probe.stdout.split())
     rows = []
     for share in SHARES:
-        # At the end a little more than all, so that "all" does not hang on a page.
+        # The last row gets a little more, so that "all" does not depend on a single page.
         wanted = max(int(share * experts), expert) + ((4 << 20) if share == 1 else 0)
         rows.append(row(args, share, ram_for(args, wanted)))
     print(
@@ -114,7 +114,7 @@ def main() -> None:
     for r in rows:
         is_same = r["text"] == rows[-1]["text"] and r["same_text_without_limit"] and r["text"]
         is_kept = r["group_peak"] <= r["ram"] and r["peak"] <= r["ram"] and not r["swapped"]
-        # Where not all fit for certain they may as long as nothing else takes the room.
+        # Only the smallest share must evict: at others all may fit, while nothing else needs the room.
         is_evicting = (
             r["evictions"] > 0 if r["share"] == SHARES[0] else r["share"] < 1 or not r["evictions"]
         )

@@ -1,4 +1,4 @@
-"""Decodes from an empty start, and says how fast each stretch of tokens is, beside the same once all is in memory.
+"""Decodes with no expert in memory, then again with what is loaded, and prints the speed of each stretch of tokens.
 
     python benchmarks/cold.py MODEL.moe [--bits 4] [--threads 2] [--drop]
 
@@ -31,7 +31,7 @@ def rates(engine: edgemoe.Engine, ids: np.ndarray) -> list[float]:
 
 
 def main() -> None:
-    """Prints both rows."""
+    """Prints the rows."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
     parser.add_argument("--bits", type=int, default=4)

@@ -1,12 +1,13 @@
-"""Converts some layers of a published model under a kernel-enforced limit, and says how long all would take.
+"""Converts some layers of a published model under a kernel-enforced limit, and estimates the time for all layers.
 
     python benchmarks/conversion_memory.py Qwen3-30B-A3B|Qwen3.6-35B-A3B [--layers 2] [--bits 8] [--limit 2GiB]
         [--work DIR] [--out DIR]
 
-The checkpoint is in bfloat16, of random weights, with all of the vocabulary: what is largest is as in the release. Of
-Qwen3 it has three tensors for each expert, of Qwen3.6 stacks of a layer. The time of all layers is that of these, of
-which the embedding and the head are taken once. Needs root. On a file system that shares blocks between files (btrfs,
-xfs) a checkpoint of any number of layers takes 40 MB: `--work` is there, `--out` is where the converted file goes.
+The checkpoint has random weights in bfloat16 and the whole vocabulary, so its largest tensors are as in the release.
+For Qwen3 it has three tensors per expert, for Qwen3.6 the experts of a layer are stacked. The time for all layers is in
+proportion to the weights, with embedding and head counted once. Needs root. On a file system that shares blocks between
+files (btrfs, xfs), a checkpoint of any number of layers takes 40 MB: name a folder there with `--work`. `--out` is the
+folder for the converted file.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ _STACK = re.compile(r"(.*\.experts\.)(gate_up_proj|down_proj)\.(\d+)")
 
 
 def stored(name: str, layers: int) -> tuple[dict[str, Any], dict[str, tuple[int, ...]], int]:
-    """Returns config.json, the tensors as the release has them, and how many layers that has."""
+    """Returns the config, the shapes of the tensors as the release stores them, and its number of layers."""
     whole = transformers.AutoConfig.for_model(**SETTINGS[name]).num_hidden_layers
     changes: dict[str, Any] = {"num_hidden_layers": layers}
     if "Qwen3.6" in name:
@@ -69,7 +70,7 @@ def stored(name: str, layers: int) -> tuple[dict[str, Any], dict[str, tuple[int,
 
 
 def write(folder: Path, config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> int:
-    """Writes a checkpoint of random weights and returns how many there are."""
+    """Writes a checkpoint of random weights and returns the number of weights."""
     rng = np.random.Generator(np.random.SFC64(1))
     block = (rng.standard_normal(1 << 24, np.float32) * np.float32(0.02)).view(np.uint16)[1::2]
     header, at = {}, 0
@@ -78,7 +79,7 @@ def write(folder: Path, config: dict[str, Any], shapes: dict[str, tuple[int, ...
         header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [at, at + size]}
         at += size
     text = json.dumps(header).encode()
-    text += b" " * (-(8 + len(text)) % 4096)  # so that the weights are whole blocks of a disk
+    text += b" " * (-(8 + len(text)) % 4096)  # so that the weights are whole blocks of the disk
     (folder / "config.json").write_text(json.dumps(config))
     noise = block.tobytes()
     with (folder / "model.safetensors").open("w+b") as file:

@@ -1,9 +1,9 @@
-"""Times `edgemoe convert` without calibration beside llama-quantize, on the same float16 GGUF file and threads.
+"""Times `edgemoe convert` without calibration and llama-quantize, on the same float16 GGUF file and threads.
 
     python benchmarks/conversion_time.py MODEL-f16.gguf path/to/llama-quantize [--rounds 3] [--threads 2]
 
-All take turns. Processor time is given beside wall-clock time, since the latter depends on who else is at work; the
-rates are of the medians. edgemoe's file has all levels from 2 to 8 bits, llama-quantize's one.
+The commands take turns. Processor time is given beside wall-clock time, since the latter depends on what else runs; the
+ratios are of medians. edgemoe's file has all levels from 2 to 8 bits, llama-quantize's only one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ CONVERT = (sys.executable, "-m", "edgemoe", "convert")
 
 
 def timed(command: list[str], threads: int) -> tuple[float, float]:
-    """Runs a command on so many cores; returns seconds of wall-clock and of processor time."""
+    """Runs a command on `threads` cores; returns seconds of wall-clock and of processor time."""
     cores = sorted(os.sched_getaffinity(0))[:threads]
     before, start = os.times(), time.perf_counter()
     run = subprocess.run(

@@ -5,10 +5,10 @@
     python benchmarks/reference_logprobs.py path/to/mini-moe held_out.txt base.kld --chunk 256 --chunks 32
     python benchmarks/conversions.py path/to/mini-moe base.kld --calibration mini.calib
 
-Of its tables, the first has a row per conversion and a column per level: all levels together, as by default; one level
-favoured (`edgemoe convert --favour`); one level alone, which leaves nothing of the others. The second says from these
-what being nested costs each level. `--down-bits` adds conversions with other bits of w_down. In parentheses are the
-bits per weight that a level takes.
+The first table has a row per conversion and a column per level. The conversions are: all levels together, the default;
+one level favoured (`edgemoe convert --favour`); and one level alone, without regard to the others. The second table
+shows what being nested costs each level. `--down-bits` adds conversions with other bits of w_down. In parentheses are
+the bits per weight of a level.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     python benchmarks/demo_calibration.py ~/.cache/edgemoe/smollm2-moe-v4.moe OUT.safetensors
 
-The text is the beginning of the package's own: 40 windows of 256 tokens.
+The text is the beginning of the package's own calibration text: 40 windows of 256 tokens.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ Logits = Callable[[NDArray[np.int64]], NDArray[np.float32]]
 
 
 def perplexity(logits: Logits, windows: NDArray[np.int64]) -> float:
-    """Returns exp of the mean loss of every token of the windows [N, T] but each first one."""
+    """Returns exp of the mean loss over all tokens of the windows [N, T] except the first of each."""
     losses = []
     for ids in windows:
         scores = logits(ids)[:-1].astype(np.float64)
@@ -68,7 +68,7 @@ def carved_perplexity(
 
 
 def measure(args: argparse.Namespace) -> list[dict[str, object]]:
-    """Returns one row per model and number of experts, and prints them as they come."""
+    """Returns one row per model and number of experts, and prints each as it is measured."""
     dense = GGUFCheckpoint(args.dense) if args.dense.is_file() else HFCheckpoint(args.dense)
     tokenizer = Tokenizer.from_str(dense.files["tokenizer.json"].decode())
     ids = np.asarray(tokenizer.encode(default_text()).ids, np.int64)

@@ -1,10 +1,11 @@
-"""What a token costs on a device, without one: the host's own work, and what the device would be asked for.
+"""Estimates what a token costs on a device, without one: the host's own work, and what the device would have to do.
 
     python benchmarks/device_host.py olmoe qwen3-30b [--tokens 100]
 
-Runs a model of true shape, whose weights are holes in a file, with a device that does nothing but count. So a token's
-time is the host's: Python, the queueing of kernels, the choice of experts and the plan. Kernels and bytes are counted;
-the speed of a card is then bytes over its bandwidth and kernels by the time from one to the next. No card was measured.
+Runs a model of a published shape, whose weights are holes in a file, on a device that does nothing but count. So the
+measured time of a token is the host's: Python, the queueing of kernels, the choice of experts and the plan. Kernels and
+bytes are counted. The time on a card is then estimated as bytes divided by its bandwidth, plus a gap for every kernel,
+plus the host's time where the device waits for it. No card was measured.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ CARDS = {
     "1008 GB/s, 24 GiB (4090)": (1008e9, 24),
     "102 GB/s, 8 GiB (Orin Nano)": (102e9, 8),
 }
-REACHED = 0.75  # of a card's bandwidth, as is hoped
-BETWEEN_US = 2.5  # from one kernel's end to the next one's start, in a queue that is full
+REACHED = 0.75  # share of a card's bandwidth that kernels are assumed to reach
+BETWEEN_US = 2.5  # assumed gap from one kernel's end to the next one's start, in a full queue
 POSITION = 1024  # of the token that is predicted
 STAGES = {  # whether work is repeated, and whether layers run ahead
     "each kernel is queued by the host": (False, False),
@@ -51,7 +52,7 @@ STAGES = {  # whether work is repeated, and whether layers run ahead
 
 
 class Counts(ctypes.Structure):
-    """See tests/cudasim/idle.cpp."""
+    """The counters of tests/cudasim/idle.cpp."""
 
     _fields_ = [
         (name, ctypes.c_uint64)
@@ -60,7 +61,7 @@ class Counts(ctypes.Structure):
 
 
 def plug_in(folder: Path) -> str:
-    """Returns the path of the plug-in whose device does nothing, built there."""
+    """Builds the plug-in whose device does nothing in a folder, and returns its path."""
     out = folder / "libedgemoe_idle.so"
     command = ["c++", "-std=c++17", "-O2", "-fPIC", "-shared", f"-I{ROOT / 'csrc'}"]
     subprocess.run([*command, str(ROOT / "tests/cudasim/idle.cpp"), "-o", str(out)], check=True)
@@ -68,7 +69,7 @@ def plug_in(folder: Path) -> str:
 
 
 def one(name: str, config: ModelConfig, library: str, folder: Path, tokens: int) -> None:
-    """Prints what a token costs where the device has all experts, with the host more and more out of the way."""
+    """Prints what a token costs if the device holds all experts, in stages that need the host less and less."""
     path = folder / f"{name}.moe"
     write_hollow(path, config, bits=6, scheme=SCHEMES["nested"], sections={})
     with edgemoe.load(
@@ -84,7 +85,7 @@ def one(name: str, config: ModelConfig, library: str, folder: Path, tokens: int)
 def stage_of(
     engine: edgemoe.Engine, config: ModelConfig, library: str, tokens: int, *, waits: bool
 ) -> None:
-    """Prints it for one stage.
+    """Prints the cost for one stage.
 
     Args:
         waits: the device waits for the host in every layer.
@@ -118,7 +119,7 @@ def stage_of(
 
 
 def main() -> None:
-    """Prints it for each shape."""
+    """Prints the costs for each shape."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )

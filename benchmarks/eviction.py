@@ -1,11 +1,11 @@
-"""Compares what the cache may drop first, on a model's own routing of a text, with the runtime's cache.
+"""Compares eviction policies on a model's own routing of a text, in the runtime's cache.
 
     python benchmarks/eviction.py MODEL.moe --text FILE --experts 4 8 --room 0.25 0.5 0.75
     python benchmarks/eviction.py MODEL.moe --text FILE --fit-hobbit
 
-The text runs through the model once per number of experts; then every policy decides about the same routing, token by
-token, over a cache that reads nothing. Belady's optimum knows the future. `way` is how far a policy comes from
-LRU to it. `--fit-hobbit` finds the weights of HOBBIT's priority by a grid over hits at the middle room.
+The text runs through the model once per number of experts. Then every policy sees the same routing, token by token,
+with a cache that reads nothing. Belady's optimum knows the future. "Best way" is how far the best policy gets from LRU
+to the optimum. `--fit-hobbit` searches a grid for the weights of HOBBIT's priority with the most hits, for each room.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _WARM = 50  # tokens that are not counted
 
 
 class Recorder(Observer):
-    """Keeps every routing, token by token."""
+    """An observer that keeps every routing, token by token."""
 
     def __init__(self) -> None:
         self.layers: dict[int, list[Routing]] = {}
@@ -72,7 +72,7 @@ def record(
 
 
 def store(setting: Setting, room: float, policy: Any) -> ExpertStore:
-    """Returns a cache without a file for a share of all experts."""
+    """Returns a cache without a file, with room for a share of all experts."""
     experts = int(room * setting.num_layers * setting.num_experts)
     return ExpertStore.dry(
         num_layers=setting.num_layers, num_experts=setting.num_experts,
@@ -88,8 +88,8 @@ def hit_rate(
     room: float,
     options: Mapping[str, Any],
 ) -> float:
-    """Returns the hits per use with some eviction and without reads ahead, after the first tokens."""
-    # The one that is no eviction has its own.
+    """Returns the hit rate with an eviction policy and without reading ahead, after the first tokens."""
+    # expertflow is no eviction policy, but a scheduler with one of its own.
     name = "on-demand" if "eviction" in options else "expertflow"
     alone = {"look_ahead": False} if "eviction" in options else {"prefetch": 0}
     scheduler = SCHEDULERS[name](setting, **alone, **options)
@@ -109,7 +109,7 @@ def hit_rate(
 
 
 def belady(setting: Setting, tokens: Sequence[tuple[Routing, ...]], room: float) -> float:
-    """Returns the same of the policy that drops what is used last in the future."""
+    """Returns the same for Belady's optimum, which drops the expert whose next use is furthest away."""
     L, E, K = setting.num_layers, setting.num_experts, setting.experts_per_token
     future = np.empty((len(tokens), L, K))
     soon = np.full((L, E), np.inf)
@@ -141,7 +141,7 @@ def _rate(base: Mapping[str, Any], now: Mapping[str, Any]) -> float:
 def fit_hobbit(
     setting: Setting, tokens: Sequence[tuple[Routing, ...]], ids: NDArray[np.int32], room: float
 ) -> None:
-    """Prints the best weights of a grid; the fourth is what is left of 1. All uses are at high precision here."""
+    """Prints the best weights of a grid; they sum to 1, and so w_high is the rest. All uses are at high precision."""
     best = []
     for r, f, d in itertools.product((0, 0.1, 0.25, 0.5, 0.75), repeat=3):
         if (rest := 1 - r - f - d) < 0:

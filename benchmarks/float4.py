@@ -1,11 +1,11 @@
-"""Experts that were released in MXFP4: stored as they are, beside nested codes of them at each level.
+"""Compares experts that were released in MXFP4, stored as they are, with nested codes of them at each level.
 
     python benchmarks/float4.py path/to/mini-moe rounded/          # makes a checkpoint whose experts are MXFP4
     python benchmarks/reference_logprobs.py rounded/ held_out.txt rounded.kld --chunk 256 --chunks 32
     python benchmarks/float4.py rounded/ rounded.kld               # converts it both ways, and measures
 
-The last prints the KL divergence to the float model and the bytes of all experts; all other matrices are the same, at
-8 bits.
+The last command prints the KL divergence from the float model and the bytes of all experts. All other matrices are at 8
+bits in both.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ HALVES = np.array([0, 1, 2, 3, 4, 6, 8, 12], np.float32)
 
 
 def rounded(w: np.ndarray) -> np.ndarray:
-    """Rounds to MXFP4 as OCP's specification has it: the largest of 32 columns lies between 4 and 8 scales."""
+    """Rounds to MXFP4 as OCP specifies it: the largest magnitude of 32 columns lies between 4 and 8 scales."""
     groups = w.astype(np.float32).reshape(len(w), -1, 32)
     top = np.abs(groups).max(-1, keepdims=True)
     steps = np.ldexp(np.float32(1), np.where(top > 0, np.frexp(top)[1] - 4, 0))  # halves
@@ -40,7 +40,7 @@ def rounded(w: np.ndarray) -> np.ndarray:
 
 
 def make(source: Path, out: Path) -> None:
-    """Copies a checkpoint; its experts become MXFP4 in float32."""
+    """Copies a checkpoint; its experts become values of MXFP4, in float32."""
     shutil.copytree(source, out)
     tensors = load_file(out / "model.safetensors")
     for name, w in tensors.items():

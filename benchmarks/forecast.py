@@ -1,9 +1,9 @@
-"""What `edgemoe plan` forecasts beside what is measured, at budgets for all, a half and a quarter of the experts.
+"""Compares forecasts of `edgemoe plan` with measurements, at budgets for all, a half and a quarter of the experts.
 
     python benchmarks/forecast.py MODEL.moe[:BITS] ... [-n 64] [-r 3] [--json FILE]
 
 Each row is a run of `edgemoe plan`, which measures the machine and probes the disk, and then one of `edgemoe bench`
-with the same budget: single random tokens. It is good where the median of these lies inside the band.
+with the same budget: single random tokens. A forecast is right if the median of these lies inside its band.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 SHARES = (1.0, 0.5, 0.25)
-_SPARE = 32 << 20  # so that "all" does not hang on what is kept for later
+_SPARE = 32 << 20  # so that "all" does not depend on what is kept for later
 
 
 def run(*arguments: object) -> dict[str, Any]:
-    """Returns what a command says. A cache folder of its own makes each measure the machine anew."""
+    """Returns a command's JSON. It gets a cache folder of its own, so that it measures the machine anew."""
     command = [sys.executable, "-m", "edgemoe", *map(str, arguments), "--json"]
     with tempfile.TemporaryDirectory() as cache:
         environment = {**os.environ, "XDG_CACHE_HOME": cache}
@@ -35,7 +35,7 @@ def run(*arguments: object) -> dict[str, Any]:
 
 
 def budget(path: Path, bits: str, context: int, share: float) -> int:
-    """Returns what a share of the experts takes, and everything else; at least what works."""
+    """Returns the budget in bytes for a share of the experts and everything else; at least the smallest that works."""
     plan = run("plan", path, "--bits", bits, "-c", context, "--ram", "1TiB", "--no-probe")
     ram = smallest = plan["smallest"]["ram"]
     for _ in range(3):

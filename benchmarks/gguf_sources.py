@@ -1,10 +1,10 @@
-"""Converts tiny checkpoints of every family with llama.cpp's own converter and compares what edgemoe reads of both.
+"""Converts tiny checkpoints of every family with llama.cpp's own converter and compares what edgemoe reads from both.
 
     pip download --no-deps --no-binary llama-cpp-python llama-cpp-python==0.3.36 && tar xf llama_cpp_python-*.tar.gz
     python benchmarks/gguf_sources.py llama_cpp_python-0.3.36/vendor/llama.cpp
 
-A row says, of one family's settings in tests/families.py, whether the config is the same and how many tensors differ
-in any bit. With `--keep DIR` checkpoints and GGUF files stay there.
+A row says, for one of the settings in tests/families.py, whether the config is the same and how many tensors differ in
+any bit. With `--keep DIR` checkpoints and GGUF files stay in DIR.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from edgemoe.convert.hf import HFCheckpoint  # noqa: E402
 from edgemoe.convert.source import SourceModel  # noqa: E402
 from edgemoe.errors import FormatError  # noqa: E402
 
-# What released files say and transformers 5 leaves out or calls by another name when it saves.
+# Keys of released files that transformers 5 leaves out or renames when it saves.
 _AS_RELEASED: dict[str, dict[str, Any]] = {
     "minimax_m2": {"scoring_func": "sigmoid"},
     "deepseek_v3": {"scoring_func": "sigmoid"},
@@ -93,7 +93,7 @@ def as_released(path: Path, out: Path) -> Path:
         config["head_dim"] = config.get("linear_head_dim") or config["head_dim"]
         config |= {
             "architectures": ["BailingMoeV3ForCausalLM"],
-            "model_type": "bailing_moe_v3",  # which transformers would rename keys of
+            "model_type": "bailing_moe_v3",  # whose keys transformers would rename
             "no_kda_lora": True,
             "gated_attention_proj_granularity_type": "head_wise",
             "moe_shared_expert_intermediate_size": config["moe_intermediate_size"],
@@ -101,7 +101,7 @@ def as_released(path: Path, out: Path) -> Path:
         for ours, theirs in _KIMI.items():
             config[ours] = config.get(ours, config.get(theirs))
             config[theirs] = config[ours]
-    if kind == "gemma4_text":  # it counts the tokens
+    if kind == "gemma4_text":  # its converter counts the tokens
         vocabulary = {"vocab": {str(i): i for i in range(config["vocab_size"])}}
         (out / "tokenizer.json").write_text(json.dumps({"model": vocabulary, "added_tokens": []}))
     file.write_text(json.dumps(config))
@@ -115,7 +115,7 @@ def converted(path: Path, out: Path) -> Path:
     from conversion.base import ModelBase
 
     arch = ModelBase.load_hparams(path, False)["architectures"][0]
-    if arch == "Mistral4ForCausalLM":  # which it knows as a part of Mistral 3 only
+    if arch == "Mistral4ForCausalLM":  # known to the converter only as a part of Mistral 3
         base = conversion.get_model_class("Mistral3ForConditionalGeneration").Mistral4Model
     else:
         base = conversion.get_model_class(arch)
@@ -133,7 +133,7 @@ def converted(path: Path, out: Path) -> Path:
 
 
 def differences(ours: SourceModel, theirs: SourceModel) -> list[str]:
-    """Returns what of two models is not the same, in words."""
+    """Returns the differences between two models, in words."""
     found = []
     for field in dataclasses.fields(ours.config):
         a, b = (getattr(m.config, field.name) for m in (ours, theirs))
@@ -169,7 +169,7 @@ def main() -> None:
             if args.only in name:
                 try:
                     row = _row(name, folder / name)
-                except Exception as error:  # one row tells, the others go on
+                except Exception as error:  # its row says so, and the others go on
                     row = f"{type(error).__name__}: {error}"
                 print(f"{name:32} {row}")
 

@@ -3,7 +3,8 @@
     pip download --no-deps --no-binary llama-cpp-python llama-cpp-python==0.3.36 && tar xf llama_cpp_python-*.tar.gz
     python benchmarks/gguf_vocabularies.py llama_cpp_python-0.3.36/vendor/llama.cpp/models
 
-Those files hold vocabularies of models and nothing else. A kind that no supported family has is refused by its name.
+Those files hold vocabularies of models and nothing else. A kind of tokenizer that no supported family has is refused by
+its name.
 """
 
 from __future__ import annotations

@@ -1,13 +1,14 @@
-"""Asks what ExpertFlow's token scheduler would save: tokens of many sequences in two batches by the experts they use.
+"""Measures what ExpertFlow's token scheduler would save: tokens of many sequences, split by experts into two batches.
 
     edgemoe profile trace MODEL.moe --text FILE --pieces 128 -o TRACE
     python benchmarks/grouping.py TRACE [--model MODEL.moe] [--sizes 2 4 8 16 32]
 
-The trace's sequences run side by side. At random moments 2 T of them have one token each, which go into two batches of
-T: in order, at random, by K-means of equal sizes on the Hamming distance of their paths (arXiv 2410.17954), and after
-that by swapping pairs while it helps, towards the least that any split needs. Paths are the true ones, and with --model
-those, too, that the file's trained predictor says when a token is known. The figure is the experts that a batch needs
-per layer, of which each is one read where nothing is resident; "one batch" is a single one of all 2 T.
+The trace's sequences are taken to run side by side. At random moments, one token of each of 2 T sequences goes into one
+of two batches of T: in order; at random; by K-means with equal sizes on the Hamming distance of their paths, which are
+the experts that they use in all layers (arXiv 2410.17954); and by K-means with swaps of pairs while these help, to come
+near the best split. Paths are the true ones and, with --model, also those that the file's trained predictor gives once
+a token is known. The figure is the number of experts that a batch needs per layer; each is one read if nothing is
+resident. "One batch" is a single batch of all 2 T.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ from edgemoe.runtime.trace import Trace, read
 from edgemoe.scheduler.paths import SECTION, PathPredictor
 
 Paths = NDArray[np.bool_]
-"""[n, L, E]"""
+"""The experts that each token uses, [n, L, E]."""
 
 
 def sequences(trace: Trace, length: int) -> tuple[NDArray[np.int64], Paths]:
-    """Returns the tokens [n, length] and paths [n, length, L, E] of all sequences that are as long."""
+    """Returns tokens [n, length] and paths [n, length, L, E] of all sequences of at least `length` tokens."""
     ids = trace.by_token("id")[:, 0].astype(np.int64)
     experts = trace.by_token("experts").astype(np.intp)
     starts = np.flatnonzero(trace.by_token("token")[:, 0] == 0)
@@ -39,7 +40,7 @@ def sequences(trace: Trace, length: int) -> tuple[NDArray[np.int64], Paths]:
 
 
 def predicted(trace: Trace, section: bytes, ids: NDArray[np.int64]) -> Paths:
-    """Returns what the predictor takes for each token's path, [n, length, L, E]."""
+    """Returns the path that the predictor gives for each token, [n, length, L, E]."""
     h = trace.header
     predictor = PathPredictor.from_section(section, h.num_layers, h.num_experts)
     out = np.zeros((*ids.shape, h.num_layers, h.num_experts), bool)
@@ -53,16 +54,16 @@ def predicted(trace: Trace, section: bytes, ids: NDArray[np.int64]) -> Paths:
 
 
 def needed(paths: Paths, first: NDArray[Any]) -> int:
-    """Returns the experts of all layers that the tokens `first` need, and the others, in sum."""
+    """Returns the number of experts, over all layers, that the tokens `first` need, plus that of the other tokens."""
     rest = np.ones(len(paths), bool)
     rest[first] = False
     return int(paths[first].any(axis=0).sum() + paths[rest].any(axis=0).sum())
 
 
 def k_means(paths: Paths) -> NDArray[np.intp]:
-    """Returns the half that K-means with two clusters of equal size puts together."""
+    """Returns one of the two clusters of equal size that K-means finds."""
     points = paths.reshape(len(paths), -1).astype(np.float32)
-    # Hamming distances of rows of zeros and ones, and centres at the two that differ most.
+    # Hamming distances of rows of zeros and ones; the two rows that differ most are the first centres.
     sums = points.sum(axis=1)
     distance = sums[:, None] + sums - 2 * points @ points.T
     centres = points[list(np.unravel_index(np.argmax(distance), distance.shape))]
@@ -79,7 +80,7 @@ def k_means(paths: Paths) -> NDArray[np.intp]:
 
 
 def swapped(paths: Paths, half: NDArray[np.intp]) -> NDArray[np.intp]:
-    """Returns a half that no swap of two tokens makes better, from the one given."""
+    """Returns a half that no swap of two tokens improves, found by swaps from the given one."""
     best, half = needed(paths, half), half.copy()
     better = True
     while better:

@@ -1,5 +1,5 @@
-"""Windows of a text, and what a model of torch says of their second halves, for benchmarks that change it and ask what
-that cost."""
+"""Windows of a text, and a torch model's predictions for their second halves, for benchmarks that change the model and
+measure what that costs."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def cut(moe: MoeFile, window: int, path: Path, count: int) -> NDArray[np.int32]:
 
 
 def log_probs(model: Any, windows: NDArray[np.int32]) -> NDArray[np.float64]:
-    """Returns the log-probabilities of what comes after each token from the middle on, [N, T - T // 2, V].
+    """Returns the log-probabilities that predict each token of the windows' second halves, [N, T - T // 2, V].
 
     Args:
-        model: whose `logits` takes windows [1, T] and returns [1, T, V].
+        model: its `logits` takes windows [1, T] and returns [1, T, V].
         windows: [N, T].
     """
     half = windows.shape[1] // 2
@@ -32,6 +32,6 @@ def log_probs(model: Any, windows: NDArray[np.int32]) -> NDArray[np.float64]:
 
 
 def divergences(reference: NDArray[np.float64], found: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Returns the KL divergence of each prediction from a reference, both of `log_probs`."""
+    """Returns the KL divergence of each prediction from its reference, in nats; both are results of `log_probs`."""
     out: NDArray[np.float64] = (np.exp(reference) * (reference - found)).sum(-1).reshape(-1)
     return out

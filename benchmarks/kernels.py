@@ -1,4 +1,4 @@
-"""Speed of the nested matrix kernels at every level, beside the memory roof.
+"""Measures the speed of the matrix kernels at every level, compared with the memory roof.
 
     python benchmarks/kernels.py [--threads 1 2] [--isa avx512 avx2] [--tokens 1 64] [--scheme nested mwq mxfp4]
 
@@ -34,7 +34,7 @@ def main() -> None:
     count = 1 if args.small else max(1, (1 << 30) // (rows * cols))
     rng = np.random.default_rng(0)
     w = rng.standard_normal((rows, cols), np.float32)
-    near = rounded(w)  # which schemes of floats of 4 bits can hold
+    near = rounded(w)  # values that schemes of 4-bit floats can hold
     stored = [
         (
             scheme,

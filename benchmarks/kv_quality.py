@@ -2,8 +2,8 @@
 
     python benchmarks/kv_quality.py MODEL.moe [--window 1024] [--windows 8] [--bits N] [--experts K] [--types q8_0,q4_0]
 
-Mean and 99th percentile of the KL divergence per token, share of equal top tokens, and perplexity. Only the second
-half of each window counts, where there is something to attend to.
+Prints the mean and the 99th percentile of the KL divergence per token, the share of equal top tokens, and perplexity.
+Only the second half of each window counts, where there is something to attend to.
 """
 
 from __future__ import annotations

@@ -4,16 +4,17 @@
     python benchmarks/levers.py MODEL.moe OUT.json --rounds 3 --run on-demand bits=4 --run hobbit t1=0.4 t2=0.8
     python benchmarks/levers.py MODEL.moe OUT.json --plot OUT.png
 
-OUT.json keeps a row for every run and is added to: `--chunks` measures quality, which takes long and needs no quiet
-machine, `--rounds` speed. Without `--run` the list below is measured. Slots are the given share of all experts at the
-file's bits, whatever the run's bits are. Besides a scheduler's options a run may have `bits`, a level or the file of an
-allocation, and `dense_bits`: what these free is added to the slots, as under one `--ram`.
+OUT.json keeps a row for every run, and later calls add to it. `--chunks` measures quality, which takes long and needs
+no quiet machine; `--rounds` measures speed. Without `--run` the list RUNS below is measured. Slots are the given share
+of all experts at the file's highest level, whatever the run's bits are. Besides a scheduler's options, a run may have
+`bits`, which is a level or the file of an allocation, and `dense_bits`: the memory that fewer dense bits free is added
+to the slots, as under one `--ram`.
 
-Quality is that of `edgemoe quality` over the same chunks of a text: KL from the exact run, and the change of the mean
-loss, as pairs of the same tokens. What changes answers only in single tokens is scored token by token. Speed is of
-decoding the text, all runs in turn in every round, beside the exact run of the same round; medians over all rounds, and
-the bytes read per token in the last. A model without a tokenizer, such as benchmarks/synth.py makes, decodes random
-tokens.
+Quality is measured as by `edgemoe quality`, on the same chunks of a text: KL from the exact run, and the change of the
+mean loss over pairs of the same tokens. Settings that act only on single tokens are scored token by token. Speed is
+that of decoding the text. In every round all runs take turns, and each is compared with the exact run of that round;
+the table has medians over all rounds, and the bytes read per token in the last one. A model without a tokenizer, such
+as benchmarks/synth.py makes, decodes random tokens.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def load(args: argparse.Namespace, run: Sequence[str], context: int) -> Engine:
     allocation = bits if bits is not None and not bits.isdecimal() else None
     moe = open_moe(args.model)
     room = int(args.room * all_expert_bytes(moe, len(moe.ladder)))
-    if dense is not None:  # of the same memory
+    if dense is not None:  # what it frees of the same memory
         top = len(moe.dense_ladder)
         room += dense_bytes(moe, top) - dense_bytes(moe, moe.dense_level(int(dense)))
     return edgemoe.load(
@@ -72,7 +73,7 @@ def load(args: argparse.Namespace, run: Sequence[str], context: int) -> Engine:
 
 
 def is_fixed(engine: Engine) -> bool:
-    """Returns whether answers are those of many tokens at once, whatever is resident."""
+    """Returns whether answers are independent of what is resident, so that many tokens can be scored at once."""
     ours = ("dense weights", "experts at", "experts beyond", "experts below")
     starts = tuple(f"lossy: {what}" for what in ours)
     return engine.options.scheduler == "on-demand" and all(
@@ -129,7 +130,7 @@ def speed(args: argparse.Namespace, runs: Sequence[Sequence[str]], ids: list[int
 
 
 def shares(engine: Engine) -> dict[str, float]:
-    """Returns what was skipped and substituted, of what the router chose."""
+    """Returns the shares of the router's choices that were skipped and substituted."""
     e = engine.model.experts
     return {
         "skipped": e.skipped / e.routed,
@@ -220,7 +221,7 @@ def plot(rows: dict[str, dict[str, Any]], path: Path, title: str) -> None:
 
 
 def text_of(args: argparse.Namespace) -> tuple[str, Tokenizer] | None:
-    """Returns the text and who reads it; None for a model of random weights, which has no tokenizer."""
+    """Returns the text and its tokenizer; None for a model of random weights, which has no tokenizer."""
     sections = open_moe(args.model).sections
     if "tokenizer.json" not in sections:
         return None
@@ -234,14 +235,14 @@ def random_tokens(args: argparse.Namespace, count: int) -> NDArray[np.int32]:
 
 
 def sample_of(args: argparse.Namespace) -> Sample:
-    """Returns what quality is measured on."""
+    """Returns the sample to measure quality on."""
     if (found := text_of(args)) is not None:
         return Sample.of_text(*found, chunk=args.chunk, chunks=args.chunks)
     return Sample(random_tokens(args, args.chunks * args.chunk).reshape(args.chunks, -1), None)
 
 
 def tokens_of(args: argparse.Namespace, count: int) -> list[int]:
-    """Returns what speed is measured on."""
+    """Returns the tokens to measure speed on."""
     if (found := text_of(args)) is not None:
         return found[1].encode(found[0])[:count]
     return random_tokens(args, count).tolist()  # type: ignore[no-any-return]

@@ -1,4 +1,4 @@
-"""Runs a command under a kernel-enforced memory limit and watches what it takes. Needs root."""
+"""Runs commands under a kernel-enforced memory limit and watches their memory. Needs root."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _V2 = Path("/sys/fs/cgroup")
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Says what became of a command."""
+    """What became of a command."""
 
     code: int
-    """Negative when a signal ended it, as the kernel's killer does."""
+    """The exit code; negative when a signal ended the command, as the kernel's out-of-memory killer does."""
     out: str
     err: str
     seconds: float
@@ -52,7 +52,7 @@ def missing() -> str | None:
             return f"{group} has no memory controller"
         if int(limit.read_text()) != 1 << 30:
             return f"{limit} does not keep what is written"
-        # Whoever may make a group may not be allowed to move a process there.
+        # A user who may make a group need not be allowed to move a process there.
         moves = f"import os; open({str(group / 'cgroup.procs')!r}, 'w').write(str(os.getpid()))"
         done = subprocess.run([sys.executable, "-c", moves], capture_output=True, check=False)
         return None if done.returncode == 0 else f"{group} takes no process"

@@ -3,12 +3,12 @@
     python benchmarks/llama_cpp.py --llama-bench PATH --pair MODEL.gguf MODEL.moe BITS [--pair …] \\
         [--memory] [--caps 0.5 0.25] [--first-token 0.5] [--read-ahead 128] [--json FILE]
 
-Both files of a pair are of the same weights (benchmarks/synth_gguf.py). Runs are in turns; the table has medians, the
-least and the most. `--json` adds a row for each run to FILE, and the table is of all that are there. Under a cap, both
-get a control group of that share of the GGUF file's size and an empty page cache. llama.cpp maps the file (mmap, no
-repacking: a repacked copy would not fit), with the disk's read-ahead as `--read-ahead` says.
+Both files of a pair hold the same weights (benchmarks/synth_gguf.py). The programs take turns; the table has medians
+with the least and the most. `--json` adds a row for each run to FILE, and the table then covers all rows of FILE. Under
+a cap, both programs get a control group of that share of the GGUF file's size, and an empty page cache. llama.cpp maps
+the file (mmap, no repacking: a repacked copy would not fit), with the disk's read-ahead set to `--read-ahead` KiB.
 `--first-token` times a whole process under a cap, from its start with an empty page cache to the logits after a prompt
-of 128 tokens. Needs root for the caps.
+of 128 tokens. Caps need root.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ def in_memory(args: argparse.Namespace, pair: Sequence[str]) -> list[dict]:
 
 
 def over_bounds(report: dict) -> tuple[float, float]:
-    """Returns the time per token over the least that disk and memory allow, by the slowest and the fastest roofs that
-    this run saw on both sides of its test. Where the first is below 1 the machine was faster in between.
+    """Returns the time per token divided by the least that disk and memory allow: by the slowest and by the fastest of
+    the roofs measured before and after the test. If the first is below 1, the machine was faster during the test.
     """
     result = report["results"][0]
     disks = [roof["disk"] for roof in report["roofs"]]
@@ -160,7 +160,7 @@ def table(rows: Sequence[dict]) -> Iterator[str]:
 
 
 def _under(runs: Sequence[dict]) -> list[str]:
-    """Returns what only runs under a cap have."""
+    """Returns the cells that only runs under a cap have."""
     if "hit_rate" not in runs[0]:
         return [""] * 5
     hit, read = (statistics.median(r[x] for r in runs) for x in ("hit_rate", "read_per_token"))
@@ -184,7 +184,7 @@ def _spread(values: Sequence[float], digits: int = 1) -> str:
 
 
 class _read_ahead:  # noqa: N801 (reads like a function)
-    """Sets the read-ahead of the disk that holds a file for a while; None leaves it."""
+    """A context in which the disk that holds a file has a read-ahead of `kib` KiB; None leaves it as it is."""
 
     def __init__(self, path: str, kib: int | None) -> None:
         device = Path(path).stat().st_dev
@@ -223,7 +223,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="of this and earlier calls")
     args = parser.parse_args()
     rows = json.loads(args.json.read_text())["rows"] if args.json and args.json.exists() else []
-    mine = {"commit": results.commit(), "machine": results.machine()}  # earlier calls had others
+    mine = {"commit": results.commit(), "machine": results.machine()}  # earlier calls had their own
     for _ in range(args.repetitions):
         for pair in args.pair:
             new = in_memory(args, pair) if args.memory else []

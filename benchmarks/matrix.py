@@ -8,9 +8,9 @@
 Tiny random checkpoints in bfloat16, 256 columns wide, are converted at 8 bits: from the Hugging Face directory, with
 transformers on the same weights in float32 as the oracle, and from GGUF files that llama.cpp's own converter and
 llama-quantize make of it, with llama.cpp on the same file. For "exported GGUF", `edgemoe export` made the file of the
-converted checkpoint, and llama.cpp runs it. A row has the worst cosine of a position's logits, the share
-of positions and layers where the same experts were chosen, and the largest difference in standard deviations of the
-logits, over positions up to the first where a router chose otherwise; and of how many positions that is.
+converted checkpoint, and llama.cpp runs it. A row has the worst cosine of a position's logits, the share of positions
+and layers where the same experts were chosen, the largest difference in standard deviations of the logits, and a number
+of positions. Cosine and difference cover that many positions: those before the first where a router chose otherwise.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _WIDTHS = (
     "hidden_size", "intermediate_size", "moe_intermediate_size", "intermediate_size_mlp",
     "shared_expert_intermediate_size", "moe_shared_expert_intermediate_size", "shared_intermediate_size",
 )  # fmt: skip
-"""256 of each, as Q4_K needs."""
+"""Widths that are set to 256, as Q4_K needs."""
 
 _DELTA: dict[str, Any] = {
     "num_hidden_layers": 4,
@@ -60,12 +60,12 @@ _DELTA: dict[str, Any] = {
     "linear_key_head_dim": 16,
     "linear_value_head_dim": 16,
 }
-# What llama.cpp takes for granted, and what its formats do not hold.
+# Settings that llama.cpp takes for granted, or that its formats cannot hold.
 _CHANGES: dict[str, dict[str, Any]] = {
     "qwen2_moe": {"norm_topk_prob": False},
     "qwen3_moe": {"norm_topk_prob": True},
     "qwen3_next": _DELTA,
-    "qwen3_5_moe": {  # sections of positions in pictures, without which its files do not load
+    "qwen3_5_moe": {  # files without sections for positions in pictures do not load
         **_DELTA,
         "rope_parameters": {
             "rope_type": "default", "rope_theta": 5000.0, "partial_rotary_factor": 0.5, "mrope_section": [2, 2, 2],
@@ -78,8 +78,8 @@ _CHANGES: dict[str, dict[str, Any]] = {
             "original_max_position_embeddings": 16, "truncate": False,
         }
     },
-    "deepseek_v2": {"q_lora_rank": 40},  # it knows V2-Lite, which has none, by its 27 layers
-    # Its converter leaves out by how much queries grow, which begins with this position.
+    "deepseek_v2": {"q_lora_rank": 40},  # llama.cpp knows V2-Lite, which has none, by its 27 layers
+    # The converter leaves out the growth of queries, which begins at this position.
     "mistral4": {
         "rope_parameters": {
             "rope_type": "yarn", "rope_theta": 5000.0, "factor": 4.0, "original_max_position_embeddings": 32,
@@ -87,30 +87,31 @@ _CHANGES: dict[str, dict[str, Any]] = {
         }
     },
     "granitemoehybrid": {"mamba_d_head": 64},
-    # All heads are as wide as what they read, and one expert is shared, as in Ling-mini and -flash.
+    # The heads together are as wide as their input, and one expert is shared, as in Ling-mini and -flash.
     "bailing_moe": {"head_dim": 64, "num_shared_experts": 1},
     "llama4_text": {"attention_chunk_size": 8192, "floor_scale": 8192, "attn_scale": 0.1},
     "ernie4_5_moe": {"moe_num_shared_experts": 1, "intermediate_size": 512},
     "hunyuan_v1_moe": {"rope_parameters": {"rope_type": "default", "rope_theta": 11158840.0}},
 }  # fmt: skip
 
-# What is multiplied. A sum of gates below 2**-14 counts as 2**-14 in llama.cpp; ERNIE's bias chooses such as well.
+# Tensors that get a factor. In llama.cpp a sum of gates below 2**-14 counts as 2**-14, and ERNIE's bias can choose
+# experts with such small gates.
 _FACTORS: dict[str, tuple[str, float]] = {"ernie4_5_moe": ("mlp.gate.weight", 0.25)}
 
 _OTHERS = ("phimoe",)
-"""Families that llama.cpp computes otherwise: its router for Phi is a plain softmax."""
+"""Families that llama.cpp computes differently: its router for Phi is a plain softmax."""
 
 _KINDS = {"F16": "F16", "Q8_0": "Q8_0", "Q4_K": "Q4_K_S", "MXFP4": "MXFP4_MOE"}
-"""What llama-quantize calls them."""
+"""Types of tensors, and the names that llama-quantize has for them."""
 
 
 def _choice(experts: np.ndarray, gates: np.ndarray, name: str) -> np.ndarray:
-    """Returns what a router decided, in ascending order; SparseMixer also decides who shares a gate."""
+    """Returns a router's choices in ascending order; for SparseMixer, with whether each gate is below 0.75."""
     return np.sort(2 * experts + (gates < 0.75) if name == "phimoe" else experts)
 
 
 class Chosen(Observer):
-    """Remembers the choices of each layer."""
+    """An observer that keeps the choices of each layer."""
 
     def __init__(self) -> None:
         self.layers: dict[int, list[np.ndarray]] = {}
@@ -258,7 +259,7 @@ def main() -> None:
             folder.mkdir()
             with contextlib.redirect_stderr(io.StringIO()):
                 for i, row in enumerate(rows(name, folder, args.llama_cpp, program)):
-                    # What the list of families links to.
+                    # The list of families links to this anchor.
                     print(f'| <a id="{name}"></a>{row[2:]}' if i == 0 else row, flush=True)
 
 

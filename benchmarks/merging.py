@@ -1,12 +1,12 @@
-"""Measures merging of experts (M-SMoE, arXiv 2310.01334) beside leaving experts out, without any training.
+"""Compares merging experts (M-SMoE, arXiv 2310.01334) with leaving them out, without any training.
 
     edgemoe convert path/to/mini-moe mini.moe
     edgemoe calibrate mini.moe --text calibration.txt
     python benchmarks/merging.py mini.moe mini.calib calibration.txt held_out.txt
 
-The most frequent experts of a layer stay; every other one joins the one whose router logits are most like its own.
-Neurons of a group are matched to those of its first by linear assignment, then matrices are averaged, weighed by
-frequency. All members keep their gates. Needs the extra `train`.
+The most frequent experts of a layer stay; every other one joins the one whose router logits are most like its own. The
+neurons of a group's experts are matched to those of its first expert by linear assignment; then the matrices are
+averaged, weighted by frequency. All members keep their gates. Needs the extra `train`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Matrices = tuple[Tensor, ...]
 
 
 class Listening(Routed):
-    """Keeps the routers' logits."""
+    """A model that keeps its routers' logits."""
 
     def __init__(self, *args: object, **named: object) -> None:
         super().__init__(*args, **named)  # type: ignore[arg-type]
@@ -43,14 +43,14 @@ class Listening(Routed):
 
     @property
     def experts(self) -> list[Matrices]:
-        """All of them in float, by layer and number; may be replaced."""
+        """All experts in float, by layer and number; each may be replaced."""
         return self._experts[self._full]
 
 
 def groups_of(
     scores: NDArray[np.float32], count: NDArray[np.int64], keep: int
 ) -> NDArray[np.int64]:
-    """Returns for each expert [E] the one that its group is called by.
+    """Returns, for each expert [E], the first expert of its group.
 
     Args:
         scores: [T, E] router logits.

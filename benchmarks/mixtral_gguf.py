@@ -29,7 +29,7 @@ def write_gguf(source: Path, out: Path, *, untied: bool = False) -> None:
         untied: write a tied output matrix a second time, as a tensor of its own.
 
     Raises:
-        SystemExit: the checkpoint is none that this can write.
+        SystemExit: the checkpoint is of a kind that this cannot write.
     """
     checkpoint = HFCheckpoint(source)
     config = checkpoint.config

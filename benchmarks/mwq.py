@@ -1,18 +1,20 @@
-"""D2MoE's Matryoshka quantisation (MWQ) beside our nested codes: bytes, KL divergence and speed by level.
+"""Compares D2MoE's Matryoshka quantisation (MWQ) with our nested codes: bytes, KL divergence and speed by level.
 
     edgemoe convert path/to/mini-moe mini.moe
     edgemoe calibrate mini.moe --full --text calibration.txt
     python benchmarks/reference_logprobs.py path/to/mini-moe held_out.txt float.logprobs --chunk 256 --chunks 32
     python benchmarks/mwq.py path/to/mini-moe mini.calib float.logprobs
 
-Every scheme becomes a file; every level of it runs in the engine, all matrices at that level, against the float model's
-predictions. MWQ (arXiv 2504.15299, section 3.3) from 2 bits (version 1) and from 5 (version 2), with a calibration:
+Every scheme becomes a file, and every level of it runs in the engine, with all matrices at that level, against the
+float model's predictions. MWQ (arXiv 2504.15299, section 3.3) starts at 2 bits (version 1) or at 5 (version 2). With a
+calibration it is made in three ways:
 
-    as published   rung after rung over the whole matrix, each making up for its own error: what convert writes
-    for 4 or 8     all rungs of a group before the next one, the last level's error made up for
-    for its base   the same, the base's error made up for
+    as published   rung after rung over the whole matrix, each compensating its own error: what convert writes
+    for 4 or 8     all rungs of a group before the next group; the last level's error is compensated
+    for its base   the same, but the base's error is compensated
 
-and without one. Bytes are of the matrices. With --speed: single tokens with everything in memory, all files in turn.
+and once without a calibration. Bytes are those of the matrices. --speed measures single tokens with everything in
+memory, all files in turn.
 """
 
 from __future__ import annotations
@@ -99,7 +101,7 @@ def divergences(
 
 
 def speeds(files: list[tuple[str, Path]], rounds: int, threads: int) -> list[dict[str, object]]:
-    """Times one file of each scheme and version, in turns so that the machine's moods meet all of them."""
+    """Times one file of each scheme and version, in turns, so that what disturbs the machine disturbs all alike."""
     tests = [
         (label, path, level.bits)
         for label, path in files

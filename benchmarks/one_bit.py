@@ -1,13 +1,13 @@
-"""Asks whether MC-MoE's 1-bit experts would pay: signs with a scale, beside a file's 2 and 3 bits, at the same mean.
+"""Measures whether MC-MoE's 1-bit experts would pay: signs with a scale, against a file's 2 and 3 bits at equal means.
 
     edgemoe convert path/to/mini-moe mini.moe
     edgemoe calibrate mini.moe --text calibration.txt
     python benchmarks/one_bit.py mini.moe mini.calib held_out.txt
 
-1 bit is the sign of a weight, times the mean size of each 16 columns of a row (its least-squares scale). Which expert
-gets what is chosen exactly, for the least sum of gate^2 * change of the output, from the squares of what flows into
-each matrix. Experts alone, everything else and the reference at the file's highest level. The file and the signs are
-both rounded without compensation. Needs the extra `train`.
+1 bit is the sign of a weight, times the mean magnitude of 16 columns of its row (the least-squares scale). The bits of
+each expert are chosen exactly, for the least sum of gate^2 * change of the output, which is estimated from the squares
+of each matrix's inputs. Only experts get fewer bits; everything else and the reference are at the file's highest level.
+The file and the signs are both rounded without error compensation. Needs the extra `train`.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Mixed(Routed):
 
     @property
     def experts(self) -> list[Matrices]:
-        """Those that run; may be replaced."""
+        """The experts that run; each may be replaced."""
         return self._experts[self._full]
 
 

@@ -1,9 +1,9 @@
-"""What it costs when somebody looks at the page: tokens per second with one viewer and without, in turns.
+"""Measures what a viewer of the page costs: tokens per second with one viewer and without, in turns.
 
     python benchmarks/page.py MODEL.moe [--ram 300MiB] [-n 128] [-r 10] [--browser]
 
-The viewer reads the stream of figures as the page does; with --browser it is the page itself, in Chromium on the same
-cores, which then costs what drawing costs too.
+The viewer reads the stream of figures as the page does. With --browser it is the page itself, in Chromium on the same
+cores, so that the cost of drawing is included.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ def rate(url: str, tokens: int) -> float:
 
 
 def cpu_s(pid: int) -> float:
-    """Returns how long the thread that answers has run; the engine's is another."""
+    """Returns the processor time of the thread that answers, in seconds; the engine has another thread."""
     return int(Path(f"/proc/{pid}/task/{pid}/schedstat").read_text().split()[0]) / 1e9
 
 
 @contextlib.contextmanager
 def viewer(url: str, chrome: object) -> Iterator[None]:
-    """Somebody looks."""
+    """A context in which somebody looks: a reader of the stream, or the page in a browser."""
     if chrome is None:
         process = subprocess.Popen(
             [sys.executable, "-c", READER, f"{url}/events"], stdout=subprocess.PIPE

@@ -1,4 +1,4 @@
-"""Draws the picture of the README: tokens per second under memory caps, beside llama.cpp.
+"""Draws the picture of the README: tokens per second under memory caps, for edgemoe and llama.cpp.
 
     python benchmarks/picture.py benchmarks/results/llama_cpp.json docs/images/caps.svg [--models NAME …]
 

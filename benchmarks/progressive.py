@@ -1,13 +1,14 @@
-"""Bounds what progressive compute could gain: gate and up multiplied by the planes that are here, while others arrive.
+"""Bounds the gain of progressive computation: gate and up run on the planes that are here, while others arrive.
 
     edgemoe profile trace MODEL.moe [--text FILE] --ram SIZE -o TRACE
     python benchmarks/progressive.py TRACE [--shares 10 25 50 75]
 
-Replays the trace with the timing model fitted to it, reading on demand, and once more with two thirds of an expert's
-computing (gate and up; down needs both) done in idle moments before its last byte has come, at no cost and however
-little is here by then. Nothing that is really built can gain more. The disk is this one, and twice and a fifth of it.
-The bound from the recorded waits themselves: in a layer that waited, the least of the wait and of that share of one
-expert's computing, since computing hides behind every read but the last.
+Replays the trace on demand, with the timing model fitted to it. A second replay assumes that two thirds of an expert's
+computation (gate and up; down needs both) are done in idle moments before its last byte arrives, at no cost and however
+little has arrived by then. No real implementation can gain more. Replays are for the trace's disk, for one twice as
+fast, and for one with a fifth of its speed. Another bound comes from the recorded waits: in a layer that waited, the
+gain is at most the wait, and at most that share of one expert's computation, since computation hides behind every read
+but the last.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ SHARE = 2 / 3
 
 
 def gain(tape: Tape, budget: int, timing: Timing) -> tuple[float, float, float]:
-    """Returns tokens/s without and with, and the share of time that waiting takes without."""
+    """Returns tokens/s without and with progressive computation, and the share of time spent waiting without it."""
     rates, waits = [], []
     for progressive in (0.0, SHARE):
         plain = make_scheduler(
@@ -38,7 +39,7 @@ def gain(tape: Tape, budget: int, timing: Timing) -> tuple[float, float, float]:
 
 
 def recorded(trace: Trace) -> float:
-    """Returns the share of single tokens' time that the recorded waits would allow to save."""
+    """Returns the largest share of single tokens' time that could be saved, by the recorded waits."""
     before, experts, wait = (
         trace.by_token(name, single=True)[1:].astype(np.float64)
         for name in ("before_us", "experts_us", "wait_us")

@@ -1,12 +1,13 @@
-"""Asks what of MC-MoE's pruning is missing in `mc` would give: protected tokens of a prompt, and layers by their loss.
+"""Measures what the scheduler `mc` lacks of MC-MoE's pruning: protected tokens in prompts, and layers chosen by loss.
 
     edgemoe convert path/to/mini-moe mini.moe
     python benchmarks/pruned_prompts.py mini.moe calibration.txt held_out.txt
 
-A token's last expert is left out where its gate is below the median of its layer, by the ratio to the largest (ODP,
-arXiv 2410.06270), in prompts too, without giving its share to others. Protected tokens keep all: those of the largest
-|h|_1 * (attention received, mean over heads) / (tokens that see it). Layers are ranked by what pruning each alone costs
-on the first text; all figures are of the second. Float32. Needs the extra `train`.
+A token's last expert is left out if the ratio of its gate to the largest gate is below the median of the layer (ODP,
+arXiv 2410.06270); in prompts too, and without giving its share to other experts. Protected tokens keep all experts:
+those with the largest |h|_1 * (attention received, mean over heads) / (tokens that see it). Layers are ranked by what
+pruning each alone costs on the first text; all figures in the table are of the second text. In float32. Needs the extra
+`train`.
 """
 
 from __future__ import annotations
@@ -28,17 +29,17 @@ from edgemoe.lab.bits.choosing import ffn
 
 
 class Pruned(Routed):
-    """Leaves out last experts; one sequence at a time."""
+    """A model that leaves out tokens' last experts; one sequence at a time."""
 
     def __init__(self, *args: Any, **named: Any) -> None:
         super().__init__(*args, **named)
         L = len(self.config.moe_layers)
         self.layers: set[int] = set()
-        """Those that are pruned."""
+        """The layers that are pruned."""
         self.betas = [0.0] * L
         self.ratios: list[list[Tensor]] = [[] for _ in range(L)]
         self.protected = 0.0
-        """Share of the tokens."""
+        """The share of tokens that are protected."""
         self.by = "importance"
         self.slots = self.skipped = 0
         self._received = torch.zeros(0)

@@ -1,9 +1,9 @@
-"""Pulls a model from a hub on loopback, kills it at random moments, and looks at what comes out.
+"""Pulls a model from a hub on loopback, kills the process at random moments, and checks the result.
 
-    benchmarks/pull.py CHECKPOINT [--kills 20] [--rate MB/s] [--seed N]
+    python benchmarks/pull.py CHECKPOINT [--kills 20] [--rate MB/s] [--seed N]
 
-Prints how often it was killed and while what, the most room that the disk had to give beside the model, and how many
-bytes were sent beside those of the checkpoint. Fails if the model is not that of an uninterrupted conversion.
+Prints how often it was killed and in which phase, the most disk space taken besides the model, and the bytes sent next
+to those of the checkpoint. Fails if the model is not that of an uninterrupted conversion.
 """
 
 from __future__ import annotations

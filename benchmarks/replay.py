@@ -2,12 +2,12 @@
 
     python benchmarks/replay.py MODEL.moe --text FILE [-n TOKENS] [--shares 25 50 75 --base 50] [--rounds 4]
 
-Every budget is run and traced, side by side, reading on demand. "Predicted" replays the trace of the base budget at
-each budget, with the times fitted to that one trace; "from its own times" fits them to the run's own. The fit is to
-the quiet half of the tokens and predicts an undisturbed machine, so that speeds are those of the tokens that were quiet
-in the run, and replays are compared on the same tokens. Every round opens all models anew and in another order, as
-engines of one budget are not equally fast from one opening to the next. Errors are medians over rounds, with the
-least and largest.
+All budgets run and are traced side by side, reading on demand. "Predicted" replays the trace of the base budget at each
+budget, with times fitted to that one trace; "from its own times" uses times fitted to the run's own trace. The fit is
+to the quiet half of the tokens and so predicts an undisturbed machine. Therefore speeds are those of the tokens that
+were quiet in the run, and replays are compared on the same tokens. Every round opens all models anew and in another
+order, since engines of one budget differ in speed from one opening to the next. Errors are medians over rounds, with
+the least and the largest.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Keeps a benchmark's rows beside the command, the commit and the machine that made them."""
+"""Writes a benchmark's rows with the command, the commit and the machine that made them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def commit() -> str:
 
 
 def machine() -> dict[str, Any]:
-    """Returns what figures depend on: processor, threads, instruction set, memory, kernel. Not its name."""
+    """Returns what figures depend on: processor, threads, instruction set, memory, kernel; not the machine's name."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     models = {line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")}
     return {
@@ -41,7 +41,7 @@ def machine() -> dict[str, Any]:
 
 
 def write(path: Path, rows: Sequence[Any]) -> None:
-    """Writes them as JSON; benchmarks/results/ keeps those that the documentation quotes. A note in it stays."""
+    """Writes rows as JSON; benchmarks/results/ has those that the documentation quotes. A file's note is kept."""
     command = [Path(sys.argv[0]).name, *sys.argv[1:]]
     value = {"command": command, "commit": commit(), "machine": machine(), "rows": rows}
     if path.exists() and (note := json.loads(path.read_text()).get("note")):

@@ -1,16 +1,16 @@
-"""Measures what deciding costs: microseconds per layer and token of every scheduler and eviction while decoding.
+"""Measures the overhead of decisions: microseconds per layer and token, for every scheduler and eviction, in decoding.
 
     python benchmarks/schedulers.py
     python benchmarks/schedulers.py --shapes 48x512x10 --rooms 0.25 --only next-use
 
-All that happens per layer but reading and computing, on a dry store: the plan, scores, the request with its victims,
-and what happens once per token. Routing is random with skewed frequencies and half of an earlier token's logits kept;
-memory is full before the first token. The first 256 tokens, of each of which predictors learn, are not counted; after
-them they learn from every eighth.
+It measures everything that happens per layer except reading and computing, on a store without a file: the plan with its
+scores, the request with its evictions, and what happens once per token. Routing is random, with skewed frequencies and
+half of the previous token's logits kept; memory is full before the first token. The first 256 tokens are not counted:
+predictors learn from each of them, and afterwards from every eighth.
 
-The same loop can take 1.7 times as long a minute later, when the machine under a virtual one is busy elsewhere. So all
-rows are run in turns, `--rounds` times, and a row shows its best round: the sum of three medians or means over that
-round's tokens. Of what is asked here, what the code costs, the least disturbed run says most.
+On a virtual machine, the same loop can take 1.7 times as long a minute later, when the host is busy elsewhere. So all
+rows run in turns, `--rounds` times, and a row shows its best round: the sum of three medians or means over that round's
+tokens. The least disturbed round is the best measure of what the code itself costs.
 """
 
 from __future__ import annotations
@@ -72,7 +72,8 @@ def routings(count: int, shape: tuple[int, int, int], seed: int = 0) -> list[lis
 def cost(
     setting: Setting, name: str, options: Mapping[str, Any], tokens: list[list[Routing]]
 ) -> tuple[float, float, float, float]:
-    """Returns microseconds per layer and token: plans with scores, requests with victims, the rest; and evictions."""
+    """Returns microseconds per layer and token for plans with scores, requests with evictions, and the rest; and the
+    evictions per layer and token."""
     scheduler = SCHEDULERS[name](setting, **options)
     store = ExpertStore.dry(
         num_layers=setting.num_layers, num_experts=setting.num_experts, level_bits=setting.level_bits,
@@ -124,7 +125,7 @@ def _blind(r: Routing) -> Routing:
 
 
 def paths(layers: int, experts: int, width: int = 192, rows: int = 16384) -> bytes:
-    """Returns a predictor of paths of the usual size, that knows nothing."""
+    """Returns an untrained predictor of paths, of the usual size."""
     n, d = layers * experts, width
     shapes = {
         "w_input": (3 * d, d), "w_state": (3 * d, d), "b_input": (3 * d,), "b_state": (3 * d,),

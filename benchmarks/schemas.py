@@ -1,4 +1,4 @@
-"""Asks a server for replies of random JSON schemas at temperature 2; each that ends by itself must be of its schema.
+"""Asks a server for replies that follow random JSON schemas, at temperature 2, and validates each that ends by itself.
 
 python benchmarks/schemas.py MODEL.moe [-n 200]
 """
@@ -25,7 +25,7 @@ LEAVES: list[dict[str, Any]] = [
 
 
 def schema(rng: random.Random, depth: int) -> dict[str, Any]:
-    """Returns a random schema of at most so many levels."""
+    """Returns a random schema that is nested at most `depth` levels deep."""
     kind = rng.randrange(5) if depth else 0
     if kind <= 1:
         return dict(rng.choice(LEAVES))

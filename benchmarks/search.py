@@ -5,8 +5,8 @@
     edgemoe allocate mini.moe --method search --bytes 16MiB --context 1024 --calibration mini.calib -o found.json
     python benchmarks/search.py mini.moe mini.calib held_out.txt found.json found.kv.json
 
-`error` gives experts their bits; all other matrices have one number of bits, and all keys and values one type: every
-pair of these for which the rest of the bytes holds the experts is measured. The search has seen none of this text.
+`error` gives experts their bits; all other matrices share one number of bits, and all keys and values one type. Every
+pair of these that leaves enough bytes for the experts is measured. The search has seen none of this text.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from edgemoe.quant import Allocation, Calibration
 
 
 def found_choice(units: Units, allocation: Allocation, table: KvTable) -> Choice:
-    """Returns the choice that two files say."""
+    """Returns the choice of an allocation and a table of KV cache types."""
     levels = [rung[0] for rung in units.moe.ladder]
     experts = [levels.index(b) for b in allocation.bits.reshape(-1).tolist()]
     dense = [units.moe.dense_ladder.index(allocation.dense[name]) for name in units.matrices]
@@ -84,7 +84,7 @@ def main() -> None:
             room = total - units.bytes(choice)  # beyond the experts' fewest bits
             if room < 0:
                 continue
-            # Bytes of a bit of all experts are the same at every level but for scales and padding: tried from above.
+            # The bytes per bit differ from level to level by scales and padding, so the average is found by bisection.
             low, high = moe.ladder[0][0], moe.ladder[-1][0]
             ladder = [rung[0] for rung in moe.ladder]
             kept = None
@@ -94,7 +94,7 @@ def main() -> None:
                     given = allocate(
                         args.model, "error", Settings(average_bits=average), calibration=calibration
                     )
-                except ValueError:  # those that are protected alone take more
+                except ValueError:  # the protected experts alone take more
                     low = average
                     continue
                 choice[:E] = [ladder.index(b) for b in given.bits.reshape(-1).tolist()]

@@ -1,10 +1,10 @@
-"""Several conversations in one pass: what schedulers make of a batch of single tokens, one beside four.
+"""Measures several conversations in one pass: how schedulers do with one token of each, for one and for four.
 
     python benchmarks/sequences.py MODEL.moe [--shares 0.5 0.25] [--counts 1 4] [-n 48] [--rounds 4]
 
 Rows are `on-demand` with three evictions, and D2MoE with and without its order of reading (HEBF: the planes that most
-tokens use first). They run in turns, from the same prompts with the same random numbers; figures are medians over
-rounds. Room for so much of the experts is kept, whatever else takes memory.
+tokens use come first). They run in turns, from the same prompts with the same random numbers; figures are medians over
+rounds. The slots hold exactly the given share of the experts, whatever else takes memory.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ TOPICS = ("the sea", "a bridge", "tea", "clocks", "the moon", "rain", "bread", "
 
 
 class Sequences:
-    """Decodes so many conversations beside each other."""
+    """Several conversations that decode side by side."""
 
     def __init__(self, path: str, count: int, slots: int, kind: dict[str, Any]) -> None:
         options = EngineOptions(sequences=count, context=512, slots=slots, **kind)
@@ -54,7 +54,7 @@ class Sequences:
         self.model.logits(np.ascontiguousarray(hidden[last]), self.rows[rows], parts[0][0])
 
     def decode(self, tokens: int) -> tuple[float, float]:
-        """Returns the seconds and the bytes read of a token of any."""
+        """Returns the seconds and the bytes read per token, over the tokens of all conversations."""
         before, start = self.model.counters.store["bytes_read"], time.perf_counter()
         for _ in range(tokens):
             chosen = (self.rows + self.rng.gumbel(size=self.rows.shape)).argmax(axis=1)

@@ -1,16 +1,16 @@
-"""What a server costs and gains: one client beside `edgemoe bench`, four clients beside one, and a long soak.
+"""Measures a server: one client against the engine alone, four clients against one, and a long soak test.
 
     python benchmarks/serve.py cost MODEL.moe [-n 128]
     python benchmarks/serve.py clients MODEL.moe [--shares 1 0.5 0.25] [-n 64]
     python benchmarks/serve.py soak MODEL.moe --ram 2GiB [--seconds 600] [--requests 1000] [--limit]
         [-c 1024] [--repeats 0]
 
-`cost`: the time of a token of the model alone, of the batcher, and of a client's reply,
-whole and streamed. `clients`: tokens per second and
-bytes read per token of all together, with so much of the experts in memory. `soak`: some clients at a time, of whom
-four in ten leave at random; every reply that ends must be the one of that seed alone, and nothing may be left over.
-With --limit the server runs in a control group of exactly --ram, without swap: that needs root. Prompts that repeat
-themselves fill the contexts, and every fourth reply keeps to a schema: so that what is reserved is taken.
+`cost` prints the time per token of the model alone, of the batcher, and of a client's reply, whole and streamed.
+`clients` prints tokens per second and bytes read per token over all clients, with a share of the experts in memory.
+`soak` runs several clients at a time, and four in ten requests are dropped at a random moment. Every reply that ends
+must be the one that its seed gives alone, and the server must keep neither threads nor memory. With --limit the server
+runs in a control group of exactly --ram, without swap, which needs root. --repeats makes prompts longer, to fill the
+contexts, and every fourth reply is constrained to JSON: so the memory that is reserved for both is really used.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def serving(model: Path, *flags: str) -> list[str]:
 
 
 class Server:
-    """Is a server in a process of its own. Also a context manager."""
+    """A server in a process of its own. Also a context manager."""
 
     def __init__(self, command: Sequence[str], limit: int = 0) -> None:
         self.port = free_port()
@@ -117,7 +117,7 @@ class Server:
 
 
 def cost(args: argparse.Namespace) -> None:
-    """One client beside the engine alone, in turns in one process; greedy, as `edgemoe bench` samples nothing."""
+    """Compares one client with the engine alone, in turns in one process; greedy, as is `edgemoe bench`."""
     from edgemoe.runtime.opening import open_model
     from edgemoe.runtime.options import EngineOptions
     from edgemoe.serve.server import listen, serve
@@ -163,7 +163,7 @@ def cost(args: argparse.Namespace) -> None:
 
 
 def _alone(model: Any, state: Any, ids: list[int], count: int) -> float:
-    """Returns the seconds of a token of the model alone, greedy, while nobody asks."""
+    """Returns the seconds per token of the model alone, greedy, while no client asks."""
     import numpy as np
 
     from edgemoe.model import Batch
@@ -180,7 +180,7 @@ def _alone(model: Any, state: Any, ids: list[int], count: int) -> float:
 
 
 def _batched(service: Any, ids: list[int], count: int) -> float:
-    """Returns the seconds of a token of a request that comes from no client."""
+    """Returns the seconds per token of a request to the batcher that comes from no client."""
     from edgemoe.runtime.requests import Outcome, Request
     from edgemoe.text.sampler import SamplingParams
 
@@ -198,11 +198,11 @@ with urllib.request.urlopen(urllib.request.Request(sys.argv[1], sys.argv[2].enco
         said += part
 print(next(line for line in said.decode().splitlines() if '"timings"' in line).removeprefix("data: "))
 """
-"""Takes what comes as it comes: what a client makes of it is not the server's cost, though it may run beside it."""
+"""Only reads: the work of a real client is not the server's cost, though it may run on the same machine."""
 
 
 def _asked(url: str, ask: dict[str, Any]) -> float:
-    """Returns the seconds of a token of a client in a process of its own."""
+    """Returns the seconds per token of a client in a process of its own."""
     done = subprocess.run(
         [sys.executable, "-c", _CLIENT, url, json.dumps(ask)], capture_output=True, text=True, check=True
     )  # fmt: skip
@@ -210,7 +210,7 @@ def _asked(url: str, ask: dict[str, Any]) -> float:
 
 
 def clients(args: argparse.Namespace) -> None:
-    """Four clients beside one."""
+    """Compares four clients with one."""
     print("| experts in memory | clients | tokens/s | bytes read per token |")
     print("|---|---|---|---|")
     import edgemoe
@@ -242,7 +242,7 @@ def clients(args: argparse.Namespace) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """What `clients` measures: a server whose experts have so many bytes, whatever else takes room."""
+    """Runs the server that `clients` measures: its experts have exactly --slots bytes, whatever else takes memory."""
     from edgemoe.runtime.opening import open_model
     from edgemoe.runtime.options import EngineOptions
     from edgemoe.serve.server import listen, serve
@@ -263,7 +263,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def soak(args: argparse.Namespace) -> None:
-    """Several clients at a time, some of whom leave."""
+    """Runs several clients at a time, some of which leave, and checks replies, threads and memory."""
     from edgemoe.runtime.budget import parse_size
 
     ram = parse_size(args.ram)

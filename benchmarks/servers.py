@@ -1,12 +1,12 @@
-"""Four clients beside one: `edgemoe serve` and llama-server on the same shapes, in memory and under caps.
+"""Compares four clients with one, for `edgemoe serve` and llama-server on the same shapes, in memory and under caps.
 
     python benchmarks/servers.py --llama-server PATH --pair MODEL.gguf MODEL.moe BITS [--caps 1 0.5 0.25] \\
         [--sides edgemoe llama.cpp] [-n 32] [--repetitions 3] [--read-ahead 128]
 
-Each server is started once for a cap, and asked by one client and by four in turns; figures are medians. A cap is a
-share of the GGUF file's size, and the limit of the control group in which the server runs, from an empty page cache;
-1 is no cap. llama.cpp maps the file, as in `llama_cpp.py`. Prompts are a few tokens, other ones each time; replies have
-the same length. Caps need root.
+Each server is started once per cap, and asked by one client and by four in turns; figures are medians. A cap is a share
+of the GGUF file's size: it is the limit of the control group in which the server runs, with an empty page cache at
+first; 1 is no cap. llama.cpp maps the file, as in `llama_cpp.py`. Prompts are a few tokens, different each time;
+replies have the same length. Caps need root.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def edgemoe(args: argparse.Namespace, limit: int) -> list[str]:
 
 
 def llama(args: argparse.Namespace, limit: int) -> list[str]:
-    """Returns the command of llama.cpp's; its context is shared by all."""
+    """Returns the command of llama.cpp's server, whose clients share one context."""
     gguf, _, _ = args.pair
     return [
         args.llama_server, "-m", gguf, "-t", str(args.threads), "-c", str(4 * args.context), "-np", "4",
@@ -48,7 +48,7 @@ def llama(args: argparse.Namespace, limit: int) -> list[str]:
 
 
 def ask(server: Server, ids: list[int], tokens: int) -> None:
-    """Asks for a reply to tokens, of so many tokens."""
+    """Asks for a reply of `tokens` tokens to the prompt `ids`."""
     body = {
         "prompt": ids, "max_tokens": tokens, "n_predict": tokens, "temperature": 1, "seed": ids[0], "ignore_eos": True,
         "cache_prompt": False,
@@ -63,7 +63,7 @@ def ask(server: Server, ids: list[int], tokens: int) -> None:
 
 
 def counters(server: Server, side: str) -> tuple[float, float]:
-    """Returns the bytes read and the experts computed so far; of llama.cpp nothing is known."""
+    """Returns the bytes read and the experts computed so far; 0 for llama.cpp, which does not tell them."""
     if side != "edgemoe":
         return 0.0, 0.0
     uses = (server.metric(f"edgemoe_expert_{kind}_total") for kind in ("hits", "misses"))

@@ -1,11 +1,11 @@
-"""Measures what it costs that some heads see only the first and last tokens (RLKV's form, arXiv 2510.08525).
+"""Measures the cost of heads that see only the first and last tokens (streaming, as in RLKV, arXiv 2510.08525).
 
     edgemoe convert path/to/mini-moe mini.moe
     python benchmarks/streaming_heads.py mini.moe calibration.txt held_out.txt
 
-A head that streams keeps 16 + 64 tokens. Heads are ranked without training, on one text: by the attention that they
-pay to what would be gone, and by the KL divergence when one alone streams. The best of them then stream together, on
-another text; everything else is float32. Needs the extra `train`.
+A streaming head keeps the first 16 and the last 64 tokens. Heads are ranked without training, on one text: by the
+attention that they pay to the other tokens, and by the KL divergence when one head alone streams. The heads that lose
+least then stream together, on another text. Everything is in float32. Needs the extra `train`.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ FIRST, LAST = 16, 64
 
 
 class Heads:
-    """Stands in for attention, of which some heads stream; called once for each layer."""
+    """A replacement for attention, in which some heads stream; called once for each layer."""
 
     def __init__(self, layers: int, kv_heads: int) -> None:
         self.streams = np.zeros((layers, kv_heads), bool)
         self.outside = np.zeros((layers, kv_heads))
-        """Attention paid to what would be gone, summed over tokens."""
+        """[layers, kv_heads]: the attention paid to tokens that streaming would drop, summed over tokens."""
         self._layer = 0
 
     def __call__(

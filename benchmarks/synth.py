@@ -1,12 +1,13 @@
 """Writes a `.moe` file with the true shapes of a published model and random weights, for speed measurements.
 
-    python benchmarks/synth.py olmoe|granite|qwen3.6|tiny OUT.moe [--embedding 500] [--alike] [--layers 3]
+    python benchmarks/synth.py olmoe|granite|glm-flash|qwen3.6|tiny OUT.moe [--embedding 500] [--alike] [--layers 3]
 
 Random weights do not route uniformly: the residual stream is dominated by what attention adds, so that consecutive
 tokens choose the same experts. `--embedding` multiplies the embedding; at 500 the routing is close to uniform.
 With `--alike` large matrices of one shape have the same codes, which are made once: a file of 19 GB in a minute.
-`--layers` leaves only so many, and their share of the vocabulary. `--correction RANK` gives every matrix what a
-calibrated conversion has: scales of rows for 2 bits, and corrections of 2, 3 and 4 bits (0: none), of any directions.
+`--layers` keeps only the first layers, and the same share of the vocabulary. `--correction RANK` gives every matrix
+what a calibrated conversion has: scales of rows for 2 bits, and corrections of that rank for 2, 3 and 4 bits (0: none),
+in arbitrary directions.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ SHAPES = {
 
 
 def fewer_layers(config: ModelConfig, layers: int) -> ModelConfig:
-    """Returns a model of the first layers, which all have experts, with their share of the vocabulary."""
+    """Returns a model of the first layers, all of which have experts, with the same share of the vocabulary."""
     return replace(
         config, num_layers=layers, moe_layers=tuple(range(layers)), layer_mixers=config.layer_mixers[:layers],
         shared_hidden=config.shared_hidden[:layers],
@@ -121,9 +122,9 @@ def corrected(config: ModelConfig, rank: int) -> Scheme:
 
 
 class Alike:
-    """Stands for a calibration: all inputs are independent of each other and alike."""
+    """A stand-in for a calibration, in which all inputs are independent and of the same size."""
 
-    is_full = False  # what that makes of a scheme, `corrected` has done
+    is_full = False  # `corrected` has already changed the scheme as a full calibration would
 
     def __init__(self, config: ModelConfig) -> None:
         self._config, self._dense = config, dense_tensors(config)

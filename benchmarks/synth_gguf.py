@@ -1,11 +1,12 @@
-"""Writes a GGUF file with the true shapes of a published model and random weights in Q4_0, to run it beside llama.cpp.
+"""Writes a GGUF file with the true shapes of a published model and random weights in Q4_0, to compare with llama.cpp.
 
     python benchmarks/synth_gguf.py olmoe|granite|qwen3.6|gpt-oss|glm-flash|qwen3 OUT.gguf [--layers 8] [--experts 128]
     edgemoe convert OUT.gguf OUT.moe --bits 4
     python benchmarks/llama_cpp.py --llama-bench PATH --pair OUT.gguf OUT.moe 4 --memory
 
-`--layers 0` makes all of the release's; with fewer the vocabulary is cut to the same share, so that embedding and head
-weigh what they weigh there. There is no tokenizer. `--embedding` is a factor, see benchmarks/synth.py.
+`--layers 0` makes all layers of the release. With fewer layers the vocabulary is cut to the same share, so that
+embedding and head keep their share of the model. There is no tokenizer. `--embedding` is a factor of the embedding, see
+benchmarks/synth.py.
 """
 
 from __future__ import annotations
@@ -34,12 +35,12 @@ class Shape:
     experts: int
     chosen: int
     width: int
-    """Of an expert."""
+    """The width of an expert."""
     heads: int
     kv_heads: int
     head_dim: int
     keys: dict[str, Any]
-    """What its metadata holds besides."""
+    """Further metadata."""
 
 
 SHAPES = {
@@ -155,7 +156,7 @@ def _ffn(shape: Shape, experts: int, is_dense: bool) -> Iterator[Tensor]:
 
 
 def tensors(shape: Shape, layers: int, experts: int, vocabulary: int) -> Iterator[Tensor]:
-    """Yields all of a model, in order."""
+    """Yields all tensors of a model, in file order."""
     yield from (("token_embd.weight", (vocabulary, shape.hidden), None),)
     if shape.arch != "granitemoe":  # there the embedding is the head
         yield "output.weight", (vocabulary, shape.hidden), None
@@ -206,8 +207,8 @@ def write(out: Path, shape: Shape, layers: int, experts: int, embedding: float) 
     for name, size, value in listed:
         if value is None:
             factor = embedding if name == "token_embd.weight" else 1.0
-            # Codes are uniform in -8 to 7, so that weights deviate by 0.02. Their mean is -0.5: a block's sign is a bit
-            # of chance, or all rows would have a direction in common and tokens would choose the same experts.
+            # Codes are uniform in -8 to 7, scaled to a standard deviation of 0.02. Their mean is -0.5, so each block's
+            # sign is random: otherwise all rows would share a direction, and all tokens would choose the same experts.
             blocks = rng.integers(0, 2**64, -(-int(np.prod(size)) // 32 * 18 // 8), np.uint64)
             blocks = blocks.view(np.uint8)[: int(np.prod(size)) // 32 * 18].reshape(-1, 18)
             signs = blocks[:, 1] & 0x80

@@ -2,10 +2,10 @@
 
     python benchmarks/token_batches.py MODEL.moe TEXT [--sequences 8] [--room 0.25]
 
-Sequences of the text decode their own tokens with memory for a share of the experts: all in one batch; in two batches,
-in order; and in two that are put together anew at every token by K-means of equal sizes on paths (arXiv 2410.17954):
-those of each sequence's last token, which is known, and those of the token itself, which no predictor can do better
-than. The answers are the same in all of them.
+Sequences of the text decode their own tokens, with memory for a share of the experts: all in one batch; in two batches,
+in order; and in two batches that are chosen anew at every token, by K-means with equal sizes on paths (arXiv
+2410.17954). The paths are those of each sequence's last token, which are known, or those of the token itself, which no
+predictor can improve on. The answers are the same in all cases.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ PROMPT = 32
 
 
 class Paths(Observer):
-    """Keeps the experts of the last pass."""
+    """An observer that keeps the experts of the last pass."""
 
     def __init__(self, num_layers: int, num_experts: int) -> None:
         self._shape = num_layers, num_experts
         self.last = np.zeros((0, *self._shape), bool)
-        """[n, L, E] of the pass's tokens."""
+        """[n, L, E]: the experts that the pass's tokens use."""
 
     def planned(self, routing: Routing, plan: Plan, residency: NDArray[np.int8]) -> None:
         """See `Observer.planned`."""

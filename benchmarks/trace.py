@@ -1,6 +1,6 @@
-"""Measures what recording a trace costs a decoding engine, in blocks of tokens with and without, by turns.
+"""Measures what recording a trace costs a decoding engine, in blocks of tokens with and without it, in turns.
 
-python benchmarks/trace.py MODEL.moe [--share 50] [-n TOKENS] [--look-ahead N]
+python benchmarks/trace.py MODEL.moe [--share 50] [--bits N] [-n TOKENS]
 """
 
 from __future__ import annotations

@@ -3,10 +3,10 @@
     python benchmarks/turns.py old=OLD/.venv/bin/python:old.moe new=.venv/bin/python:new.moe --bits 2 4 8
 
 Each NAME=PYTHON:FILE is a process of its own for each level, with everything in memory before anything is timed. A
-round runs every test once with each of them, forwards and backwards in turn, on the same random tokens. The table has
-the first one's time ÷ each other's: medians over the rounds with quartiles, by wall-clock and by processor time.
-`--words 128` draws tokens from so many: an embedding that is looked up in the file is then read before anything is
-timed. `--ask` waits for Enter when all is loaded.
+round runs every test once with each of them, on the same random tokens; rounds go through them forwards and backwards
+in turn. The table has the first one's time ÷ that of each other: medians over the rounds with quartiles, by wall-clock
+and by processor time. `--words 128` draws tokens from 128 different ones, so that an embedding that is looked up in the
+file has been read before anything is timed. `--ask` waits for Enter when all is loaded.
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ with edgemoe.load(path, bits=bits, dense_bits=bits, threads=threads, context=con
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
         print(json.dumps([wall, cpu, misses]), flush=True)
 """
-_LOAD, _LOADS = 512, 40  # tokens of a prompt, and prompts until no expert is read any more, at most
+_LOAD, _LOADS = 512, 40  # tokens of a prompt, and the most prompts until no expert is read any more
 
 
 class Side:
-    """A version with a file at one level: a process that runs what it is told."""
+    """One version with one file at one level: a process that runs tests on request."""
 
     def __init__(self, spec: str, bits: int, args: argparse.Namespace) -> None:
         self.name, _, rest = spec.partition("=")

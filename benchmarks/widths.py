@@ -2,11 +2,11 @@
 
     python benchmarks/widths.py [--only gemma] [--threads 2] [--keep DIR]
 
-Weights are random, as in the tests, and go through the converter; there are fewer layers, experts and tokens of the
-vocabulary than in the release, and all else has its size. A row says what a layer's mixer and FFN take of a decoded
-token, and of the mixer what is neither a product with a matrix nor attention: the recurrence itself, its convolution,
-gates and norms. The share is of what all layers of the release would take at these times, without the head, which makes
-it larger than it is. "Same bits" compares the logits of a prompt and of every decoded token with those of an engine
+Weights are random, as in the tests, and go through the converter. There are fewer layers, experts and tokens in the
+vocabulary than in the release; everything else has its true size. A row has the time per decoded token of a layer's
+mixer and FFN, and of the mixer's own part, without its products with matrices: the recurrence, its convolution, gates
+and norms. Shares are of the time that all layers of the release would take at these speeds; the head is left out, so
+the shares are too large. "Same bits" compares the logits of a prompt and of every decoded token with those of an engine
 that has room for a quarter of the experts, and evicts and reads all the time.
 """
 
@@ -42,10 +42,10 @@ _SLIDING = ["sliding_attention", "full_attention"]
 
 @dataclass(frozen=True)
 class Shape:
-    """How a release is cut."""
+    """How a release is cut down."""
 
     mixers: tuple[int, int]
-    """Layers of the release whose mixers are of the first layer's kind here, and of the second's."""
+    """The number of the release's layers with the mixer of the first layer here, and with that of the second."""
     changes: dict[str, Any]
 
 
@@ -71,7 +71,7 @@ _PROMPT, _TOKENS = 96, 64
 _VERBS = (
     "short_conv", "delta_rule", "mamba2", "gated_norm", "gate_heads", "multiply", "attention", "latent_attention",
 )  # fmt: skip
-"""Of a mixer, beside its products with matrices."""
+"""The operations of a mixer besides its products with matrices."""
 
 
 class RandomCheckpoint(Shapes):
@@ -84,7 +84,7 @@ class RandomCheckpoint(Shapes):
         super().__init__(self.kind)
 
     def tensor(self, name: str) -> np.ndarray:
-        """Reads one; see `Checkpoint.tensor`."""
+        """Returns a random tensor; see `Checkpoint.tensor`."""
         shape = self.shapes[name]
         rng = np.random.Generator(np.random.SFC64(zlib.crc32(name.encode())))
         noise = rng.standard_normal(shape, np.float32)
@@ -97,14 +97,14 @@ class RandomCheckpoint(Shapes):
 
 
 class Clock:
-    """Adds up what methods of objects take, by layer."""
+    """A clock that adds up the time that methods of objects take, by layer."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
         self.within = ""
 
     def time(self, owner: Any, method: str, label: str = "") -> None:
-        """Times a method from now on: under a label, or under that of the method around it."""
+        """Times a method from now on, under a label, or under the label of the method that calls it and its name."""
         inner = getattr(owner, method)
 
         def timed(*args: Any, **named: Any) -> Any:
@@ -129,7 +129,7 @@ def decoded(engine: edgemoe.Engine) -> Iterator[np.ndarray]:
 
 
 def hashed(engine: edgemoe.Engine) -> str:
-    """Returns a hash of all of them."""
+    """Returns a hash of all the logits of `decoded`."""
     crc = 0
     for row in decoded(engine):
         crc = zlib.crc32(np.ascontiguousarray(row), crc)
@@ -137,9 +137,9 @@ def hashed(engine: edgemoe.Engine) -> str:
 
 
 def milliseconds(engine: edgemoe.Engine) -> dict[str, float]:
-    """Returns the medians of a decoded token's parts."""
+    """Returns the median times of a decoded token's parts, in ms."""
     clock, model = Clock(), engine.model
-    cast(CpuOps, model.ops).repeats = False  # else nobody calls what is timed
+    cast(CpuOps, model.ops).repeats = False  # otherwise the timed methods are not called
     for verb in _VERBS:
         clock.time(model.ops, verb)
     for i, layer in enumerate(model.decoder._stacks[0].layers):
@@ -155,7 +155,7 @@ def milliseconds(engine: edgemoe.Engine) -> dict[str, float]:
 
 
 def measured(name: str, out: Path, threads: int) -> dict[str, Any]:
-    """Converts a shape and runs it both ways."""
+    """Converts a shape and runs it with all experts in memory, and with a quarter of them."""
     if not out.exists():
         convert(RandomCheckpoint(name), out, bits=4)
     options: dict[str, Any] = {"threads": threads, "context": 256, "bits": 4, "dense_bits": 4}

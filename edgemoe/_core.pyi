@@ -1,4 +1,4 @@
-# Types of the native core, csrc/bindings. Only row 1 of the layers and the decoder may import it.
+# Types of the native core, csrc/bindings. tests/test_layers.py lists the packages that may import it.
 from collections.abc import Sequence
 from typing import Any
 
