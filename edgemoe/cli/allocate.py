@@ -40,30 +40,38 @@ _ONLY_FOR = {
 
 _EPILOG = """\
 METHOD is one of:
-  error        least change of the layers' outputs, as calibrated (the default)
+  error        least change of the layers' outputs, by the calibration (default)
   pmq          MC-MoE's integer programme over frequency, gates and errors
-  expertwise   EdgeMoE's search with measured loss; takes a run per expert
-  frequency    QuantMoE-Bench: often chosen experts get more
-  first-blocks, outlier   its other rules
-  random       the control
-  search       EvoPress: experts, the other matrices, and keys and values
-               together, under --bytes; what matters is measured
+  expertwise   EdgeMoE's search by measured loss; needs one run per expert
+  frequency    QuantMoE-Bench: experts that are chosen often get more bits
+  first-blocks, outlier   QuantMoE-Bench's other rules
+  random       bits at random, as a control
+  search       EvoPress: a search by measured loss over experts, the other
+               matrices, and keys and values together, within --bytes
 
-With --kv the types of keys and values of each layer are chosen instead: each is
-measured alone, and those that cost least are taken, as in KVTuner. Used by
-`edgemoe-run MODEL.moe -ctk auto -ctv auto --kv-table OUT.json`, or without
---kv-table if it was stored in the model file.
+The result is used by
 
-The result is used by `edgemoe-run MODEL.moe --bits auto --allocation OUT.json`,
-or without --allocation if it was stored in the model file; and by
-`edgemoe convert SOURCE SMALL.moe --allocation OUT.json`, which stores no more
-of the experts. What search finds is used by
+    edgemoe-run MODEL.moe --bits auto --allocation OUT.json
+    edgemoe convert SOURCE SMALL.moe --allocation OUT.json
+
+The second stores only the given bits of each expert. With --store instead of
+-o, the result is in the model file, and the first needs no --allocation.
+
+The result of search is used by
 
     edgemoe-run MODEL.moe --bits auto --dense-bits auto -ctk auto -ctv auto
 
 after --store, or with --allocation OUT.json --kv-table OUT.kv.json. Ctrl-C ends
-a search with the best so far, once units are measured; the same command goes on
-where it was.
+a search with the best result so far, once each unit has been measured alone;
+the same command continues it.
+
+With --kv, a type for the keys and one for the values of each layer are chosen
+instead: each is measured alone, and those that cost least are taken, as in
+KVTuner. The result is used by
+
+    edgemoe-run MODEL.moe -ctk auto -ctv auto --kv-table OUT.json
+
+or without --kv-table after --store.
 """
 
 
@@ -210,48 +218,48 @@ def _parser() -> argparse.ArgumentParser:
     # fmt: off
     parser.add_argument("model", type=Path, metavar="MODEL.moe")
     parser.add_argument("--avg-bits", type=float, metavar="N",
-                        help="the mean over all experts, at most; --kv: of a number, with its share of the scales")
+                        help="the most bits per expert on average; --kv: per number, its share of the scales included")
     parser.add_argument("--kv", action="store_true",
-                        help="of keys and values: a type for each layer's keys and for its values")
-    parser.add_argument("--method", metavar="METHOD", help=f"(default: {_METHOD})")
-    parser.add_argument("--calibration", type=Path, metavar="FILE", help="of edgemoe calibrate")
+                        help="choose the types of each layer's keys and values instead of experts' bits")
+    parser.add_argument("--method", metavar="METHOD", help=f"how to choose bits, see below (default: {_METHOD})")
+    parser.add_argument("--calibration", type=Path, metavar="FILE", help="a file of edgemoe calibrate")
     parser.add_argument("-o", "--out", type=Path, metavar="OUT.json",
-                        help="(default: MODEL.allocation.json)")
+                        help="the file to write (default: MODEL.allocation.json; --kv: MODEL.kv.json)")
     parser.add_argument("--store", action="store_true",
-                        help="write it into the model file instead, where --bits auto finds it")
+                        help="write the result into the model file instead, where --bits auto finds it")
     parser.add_argument("--levels", type=levels, metavar="N,…",
-                        help="bits that may be given (default: the file's; pmq: the lowest three; "
-                        "else the two next to the average)")
+                        help="bits to choose from (default: error: all of the file; pmq: its lowest three; "
+                        "others: the two next to the average)")
     parser.add_argument("--exponents", type=_exponents, metavar="A,B,C",
-                        help="pmq: of frequency, gate weight and error (default: 1,1,2 as published; "
+                        help="pmq: exponents of frequency, gate weight and error (default: 1,1,2 as published; "
                         "its code computes 1,1.5,1)")
     parser.add_argument("--per-layer", action="store_true",
-                        help="the same average in every layer, as published for pmq")
+                        help="give every layer the same average, as published for pmq")
     parser.add_argument("--no-protect", action="store_true",
-                        help="do not give Super Experts the highest of the levels")
-    parser.add_argument("--seed", type=int, metavar="N", help="of random and search (default: 0)")
+                        help="do not give Super Experts the highest of these bits")
+    parser.add_argument("--seed", type=int, metavar="N", help="random, search: the seed (default: 0)")
     parser.add_argument("--bytes", type=ram_size, metavar="SIZE",
-                        help="search: of all experts, matrices, and keys and values together, at most")
+                        help="search: the most bytes for experts, other matrices, and keys and values together")
     parser.add_argument("--context", type=whole(1), metavar="N",
-                        help="search: tokens whose keys and values count (default: 4096, or the model's)")
+                        help="search: tokens whose keys and values count (default: 4096, or the model's most)")
     parser.add_argument("--generations", type=whole(0), metavar="N",
                         help="search: rounds of 16 offspring (default: 40)")
     parser.add_argument("--minutes", type=whole(1), metavar="N",
-                        help="search: stop in time, between two rounds of measurements; the same command goes on")
+                        help="search: stop after so many minutes, between two rounds of measurements")
     parser.add_argument("--ram", type=ram_size, metavar="SIZE",
                         help="search: memory for the whole process (default: what is free, less a margin)")
-    parser.add_argument("-t", "--threads", type=whole(1), metavar="N", help="search: (default: all cores)")
+    parser.add_argument("-t", "--threads", type=whole(1), metavar="N", help="search: threads (default: all cores)")
     parser.add_argument("--held-out", type=Path, metavar="FILE",
                         help="search: another text, to measure the result on (default: the package's)")
-    parser.add_argument("--overwrite", action="store_true", help="search: begin anew")
+    parser.add_argument("--overwrite", action="store_true", help="search: start anew instead of continuing")
     parser.add_argument("--max-loss", type=float, metavar="X",
-                        help="expertwise or --kv, instead of --avg-bits: most mean KL divergence to the highest level")
+                        help="expertwise, --kv, instead of --avg-bits: most mean KL divergence from the highest level")
     parser.add_argument("--text", type=Path, metavar="FILE",
-                        help="expertwise, search, --kv: what loss is measured on (default: the package's)")
+                        help="expertwise, search, --kv: the text to measure loss on (default: the package's)")
     parser.add_argument("--window", type=int, metavar="N",
-                        help="expertwise, search, --kv: tokens of each piece of it (default: 256)")
+                        help="expertwise, search, --kv: tokens in each piece of the text (default: 256)")
     parser.add_argument("--chunks", type=int, metavar="N",
                         help="expertwise, search, --kv: number of pieces (default: 8; search: 16)")
-    parser.add_argument("-v", "--verbose", action="store_true", help="tracebacks of errors")
+    parser.add_argument("-v", "--verbose", action="store_true", help="show tracebacks of errors")
     # fmt: on
     return parser

@@ -118,11 +118,11 @@ def _there(roofs: Sequence[Roof]) -> str:
 
 
 _ABOUT = """\
-Measure how fast prompts (pp) and single tokens (tg) are, as llama-bench does: random
-tokens, one unmeasured repetition, the median of the others ± their deviation. Where all
-experts fit they are loaded before; else they come as tokens want them. The roof of
-memory is what reading the experts in memory gives just before a test and just after; the
-share is of the higher one.
+Measure the speed of prompts (pp) and single tokens (tg), as llama-bench does: random
+tokens, one unmeasured repetition, the median of the others ± their standard deviation.
+If all experts fit, they are loaded first; otherwise they are read when tokens need them.
+The roof of memory is the rate of reading the experts in memory, measured just before and
+just after a test; "of roof" is the share of the higher one.
 """
 
 
@@ -133,51 +133,51 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_model(parser)
     parser.add_argument("-p", "--n-prompt", type=wholes(0), default=[512], metavar="N,…",
-                        help="prompt lengths, 0 for none (default: 512)")  # fmt: skip
+                        help="prompt lengths in tokens, 0 for none (default: 512)")  # fmt: skip
     parser.add_argument("-n", "--n-gen", type=wholes(0), default=[128], metavar="N,…",
-                        help="numbers of single tokens, 0 for none (default: 128)")  # fmt: skip
+                        help="how many single tokens, 0 for none (default: 128)")  # fmt: skip
     parser.add_argument("-d", "--n-depth", type=wholes(0), default=[0], metavar="N,…",
-                        help="tokens that are in the context before (default: 0)")  # fmt: skip
+                        help="tokens in the context before a test (default: 0)")  # fmt: skip
     parser.add_argument("-ctk", "--cache-type-k", default="f16", metavar="TYPE",
-                        help=f"keys of the KV cache: {CACHE_TYPES_TEXT} (default: f16)")  # fmt: skip
+                        help=f"type of keys in the KV cache: {CACHE_TYPES_TEXT} (default: f16)")  # fmt: skip
     parser.add_argument("-ctv", "--cache-type-v", default="f16", metavar="TYPE",
                         help="the same for values (default: f16)")  # fmt: skip
     parser.add_argument("-r", "--repetitions", type=whole(1), default=5, metavar="N",
                         help="how often each test is measured (default: 5)")  # fmt: skip
     parser.add_argument(
-        "-t", "--threads", type=whole(1), metavar="N", help="(default: the cores there are)"
+        "-t", "--threads", type=whole(1), metavar="N", help="(default: the number of cores)"
     )
     parser.add_argument("--ram", type=ram_size, metavar="SIZE",
-                        help="memory for the whole process: 4GiB, 50%% of what is free")  # fmt: skip
+                        help="memory for the whole process, such as 4GiB or 50%% of what is free")  # fmt: skip
     parser.add_argument("--device", default="cpu", metavar="NAME",
                         help="cpu, cuda or cuda:N (default: %(default)s)")  # fmt: skip
     parser.add_argument("--vram", type=ram_size, metavar="SIZE",
-                        help="memory of the device (default: most of what is free)")  # fmt: skip
+                        help="device memory to use (default: most of what is free)")  # fmt: skip
     parser.add_argument(
         "--bits",
         type=bits_or_auto,
         metavar="N",
-        help="of the experts; auto: each its own (default: the file's)",
+        help="bits of the experts; auto: as allocated to each (default: all that the file has)",
     )
     parser.add_argument("--allocation", type=Path, metavar="FILE",
-                        help="for --bits auto (default: the model file's own)")  # fmt: skip
+                        help="an allocation for --bits auto (default: the model file's own)")  # fmt: skip
     parser.add_argument("--adapter", action="append", default=[], metavar="[NAME=]FILE",
                         help=ONE_ADAPTER_HELP)  # fmt: skip
     parser.add_argument("--dense-bits", type=int, metavar="N",
-                        help="bits of everything else (default: the file's)")  # fmt: skip
+                        help="bits of everything else (default: all that the file has)")  # fmt: skip
     parser.add_argument("--max-quality-loss", metavar="X", help=MAX_LOSS_HELP)
     parser.add_argument("--experts", type=int, metavar="K",
-                        help="experts per token (default: the file's)")  # fmt: skip
+                        help="experts per token (default: the model's)")  # fmt: skip
     parser.add_argument("--scheduler", default="on-demand", metavar="NAME",
-                        help="decides what is loaded when (default: %(default)s)")  # fmt: skip
+                        help="what decides which experts are loaded when (default: %(default)s)")  # fmt: skip
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=SET_HELP)
     parser.add_argument(
-        "--seed", type=whole(0), default=1, metavar="N", help="of the tokens (default: 1)"
+        "--seed", type=whole(0), default=1, metavar="N", help="seed of the tokens (default: 1)"
     )
     parser.add_argument("--no-verify", action="store_true",
-                        help="do not check the sums of weights as they are read")  # fmt: skip
+                        help="do not check the checksums of weights as they are read")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
-    parser.add_argument("-v", "--verbose", action="store_true", help="tracebacks of errors")
+    parser.add_argument("-v", "--verbose", action="store_true", help="show tracebacks of errors")
     return parser
 
 

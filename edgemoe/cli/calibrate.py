@@ -20,10 +20,10 @@ _NAMED = 8  # experts with few tokens that are named; the others are counted
 
 _EPILOG = """\
 OUT.calib is read by `edgemoe convert --calibration` and `edgemoe allocate`.
-The text should be like what the model will be used for, and not what it is
-judged by. All of it goes through one layer before the next: an interrupted run
-leaves OUT.calib.part and OUT.calib.part.state, and the same command goes on
-behind the last layer that was done.
+Take a text like those that the model will be used for, but not one that you
+measure its quality on. The whole text goes through one layer before the next:
+an interrupted run leaves OUT.calib.part and OUT.calib.part.state, and the same
+command continues after the last finished layer.
 """
 
 
@@ -116,28 +116,28 @@ def _out(args: argparse.Namespace) -> Path:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog=_PROG,
-        description="Run a text through a model and sum what flows into every matrix.",
+        description="Run a text through a model and collect statistics of the inputs of every matrix.",
         epilog=_EPILOG,
     )
     parser.add_argument("model", type=Path, metavar="MODEL.moe", help="a converted file")
     parser.add_argument(
-        "--text", type=Path, metavar="FILE", help="what to run (default: the package's own text)"
+        "--text", type=Path, metavar="FILE", help="the text to run (default: the package's own)"
     )
     parser.add_argument("-o", "--out", type=Path, metavar="OUT.calib",
-                        help="the file to make (default: beside the model)")  # fmt: skip
+                        help="the file to make (default: MODEL.calib)")  # fmt: skip
     parser.add_argument("--full", action="store_true",
-                        help="also keep what the products of all pairs of inputs are made of, for compensation: "
-                        "of a large model gigabytes, which are said at the start")  # fmt: skip
+                        help="also sum the products of all pairs of inputs, for error compensation: gigabytes for a "
+                        "large model; the size is shown at the start")  # fmt: skip
     parser.add_argument("--layers", action="store_true",
-                        help="the same with one matrix for all experts of a layer, and none for w_down: much less "
-                        "to sum, and most of what --full gains")  # fmt: skip
+                        help="like --full, but with one matrix for all experts of a layer, and none for w_down: much "
+                        "less to sum, and most of the gain")  # fmt: skip
     parser.add_argument("--window", type=int, metavar="N",
-                        help="tokens of each piece of the text (default: 512)")  # fmt: skip
-    parser.add_argument("--chunks", type=int, metavar="N", help="most pieces (default: all)")
+                        help="tokens in each piece of the text (default: 512)")  # fmt: skip
+    parser.add_argument("--chunks", type=int, metavar="N", help="most pieces to run (default: all)")
     parser.add_argument("--more", type=Path, metavar="FILE",
-                        help="text to go on with until nearly all experts have seen 128 tokens")  # fmt: skip
+                        help="more text, which is run until nearly all experts have seen 128 tokens")  # fmt: skip
     parser.add_argument("--imatrix", type=Path, metavar="FILE",
-                        help="take the sums from a llama.cpp imatrix (.dat or .gguf) instead")  # fmt: skip
+                        help="take the sums from an imatrix of llama.cpp (.dat or .gguf) instead")  # fmt: skip
     parser.add_argument(
         "--ram",
         type=ram_size,
@@ -145,8 +145,8 @@ def _parser() -> argparse.ArgumentParser:
         help="memory for the whole process (default: what is free)",
     )
     parser.add_argument(
-        "-t", "--threads", type=int, metavar="N", help="(default: the cores there are)"
+        "-t", "--threads", type=int, metavar="N", help="(default: the number of cores)"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace OUT.calib if it exists")
-    parser.add_argument("-v", "--verbose", action="store_true", help="tracebacks of errors")
+    parser.add_argument("-v", "--verbose", action="store_true", help="show tracebacks of errors")
     return parser

@@ -23,16 +23,16 @@ __all__ = ["main"]
 _PROG = "edgemoe convert"
 
 _EPILOG = """\
-SOURCE is a Hugging Face checkpoint directory with safetensors, of floats or
-quantised as released, or a .gguf file, of a split one the first part;
-`edgemoe families` lists what is read. With --carve it is of a dense
-Llama-architecture model, whose FFNs are cut into experts.
+SOURCE is a Hugging Face checkpoint directory with safetensors (in floats, or
+quantised as released) or a .gguf file (of a split model, the first part).
+`edgemoe families` lists what can be read. With --carve, SOURCE is a dense model
+of the Llama architecture, whose FFNs are cut into experts.
 
-With --base it is a fine-tune of that model: a checkpoint of the same kind, or,
-with --checkpoint, a LoRA of peft or a folder with some of the tensors.
+With --base, SOURCE is a fine-tune of that model: a checkpoint of the same kind
+or, with --checkpoint, a LoRA of peft or a folder with some of the tensors.
 
-An interrupted conversion leaves OUT.moe.part; the same command goes on there.
-Of an adapter nothing is left, and it begins again.
+An interrupted conversion leaves OUT.moe.part, and the same command continues
+it. An interrupted conversion to an adapter starts again.
 """
 
 
@@ -252,17 +252,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--base",
         metavar="BASE.moe",
-        help="SOURCE is a fine-tune of this model: write what differs to OUT.moea, an adapter, which --adapter takes",
+        help="SOURCE is a fine-tune of this model: write an adapter, OUT.moea, with what differs, for --adapter",
     )
     parser.add_argument(
         "--checkpoint",
         type=Path,
         metavar="DIR",
-        help="with --base, the checkpoint that it was made of: what is the same there need not be converted",
+        help="with --base, the checkpoint that BASE.moe was made from: equal tensors need not be converted again",
     )
     parser.add_argument("--carve", action="store_true", help="cut a dense model into experts")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT.moe if it exists")
-    parser.add_argument("-v", "--verbose", action="store_true", help="tracebacks of errors")
+    parser.add_argument("-v", "--verbose", action="store_true", help="show tracebacks of errors")
     return parser
 
 
@@ -272,29 +272,29 @@ def _add_codes(parser: argparse.ArgumentParser) -> None:
         "--bits",
         type=int,
         metavar="N",
-        help="most bits per weight that can be used later; fewer make a smaller file "
-        "(default: 8; with --scheme mwq 4, and 5 to 8 are version 2 of it, which starts at 5)",
+        help="the most bits per weight that the file can be run at; fewer make a smaller file "
+        "(default: 8; with --scheme mwq 4, while 5 to 8 mean its version 2, which starts at 5)",
     )
     parser.add_argument(
         "--scheme",
         default="nested",
         metavar="NAME",
         help="nested: every level is a prefix of one code; mwq: D2MoE's base and planes of signs, to compare with; "
-        "mxfp4 or nvfp4: experts that were released in these 4-bit floats as they are, at one level, all else nested "
-        "(default: %(default)s)",
+        "mxfp4 or nvfp4: keep experts that were released in these 4-bit floats as they are, at one level; all else is "
+        "nested (default: %(default)s)",
     )
     parser.add_argument(
         "--calibration",
         type=Path,
         metavar="FILE",
-        help="of `edgemoe calibrate`, made with an earlier conversion of the same checkpoint; with its "
-        "--full matrices every level comes much closer to the checkpoint",
+        help="a file of `edgemoe calibrate`, made with an earlier conversion of the same checkpoint; if made with "
+        "--full, every level comes much closer to the checkpoint",
     )
     parser.add_argument(
         "--allocation",
         type=Path,
         metavar="FILE",
-        help="of `edgemoe allocate`: store only these bits of each expert, which makes a smaller file",
+        help="a file of `edgemoe allocate`: store only these bits of each expert, which makes a smaller file",
     )
     parser.add_argument(
         "--favour",
@@ -306,26 +306,26 @@ def _add_codes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--thorough",
         action="store_true",
-        help="search for scales in full, which takes several times as long and leaves 0.4%% less error; with "
-        "the full matrices of a calibration that is done anyway",
+        help="search for scales in full, which takes several times as long and leaves 0.4%% less error; with a "
+        "calibration made with --full that is done anyway",
     )
     parser.add_argument(
         "--correction",
         default="auto",
         metavar="RANK",
-        help="what 2, 3 and 4 bits add to their codes in so many directions of the input: 8, 16, 24 or 32, none, "
-        "or auto: what is worth its bytes; only with matrices of inputs, as --full sums them (default: %(default)s)",
+        help="the rank of the low-rank corrections of 2, 3 and 4 bits: 8, 16, 24, 32, none, or auto: what is worth its "
+        "bytes; only with a calibration that has matrices of inputs, as made with --full (default: %(default)s)",
     )
     parser.add_argument(
         "--no-column-scales",
         action="store_true",
-        help="leave norms as they are; else, with matrices of inputs, what is strong in a norm's output is made weaker "
-        "and the columns that take it stronger, where that makes less error",
+        help="leave norms as they are; otherwise, with matrices of inputs, strong channels of a norm's output are "
+        "scaled down, and the columns that read them up, where that makes less error",
     )
     parser.add_argument(
         "--prune",
         type=share,
         metavar="X%",
-        help="leave out this share of every expert's neurons, those that matter least by the calibration; those "
-        "that are left make up for them, if it has matrices of inputs, as --full sums them",
+        help="leave out this share of every expert's neurons, those that matter least by the calibration; the others "
+        "make up for them, if the calibration was made with --full",
     )

@@ -22,8 +22,8 @@ __all__ = ["main"]
 _PROG = "edgemoe doctor"
 
 _EPILOG = """\
-Each line is ok, a note or a problem; what repairs it stands below. Nothing is changed,
-and nothing is sent anywhere. For a report of a fault, --bundle writes the same
+Each line is ok, a note or a problem; the line below says what repairs it. Nothing is
+changed, and nothing is sent anywhere. For a bug report, --bundle writes the same
 without the names of your folders and files, prompts and keys.
 """
 
@@ -91,16 +91,16 @@ def _bundle(path: Path, found: Sequence[Finding]) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
-        prog=_PROG, description="Say what of this machine and install to repair.", epilog=_EPILOG
+        prog=_PROG,
+        description="Check this machine, the installation and the models.",
+        epilog=_EPILOG,
     )
     add = parser.add_argument
-    add(
-        "model", nargs="?", metavar="MODEL", help="a model to look at besides those of edgemoe list"
-    )
-    add("--verify", action="store_true", help="check every sum of every model, not a sample")
+    add("model", nargs="?", metavar="MODEL", help="a model to check, besides those of edgemoe list")
+    add("--verify", action="store_true", help="check all checksums of all models, not a sample")
     add("--json", action="store_true", help="print one JSON list instead")
     add("--bundle", type=Path, metavar="FILE", help="write it for a report, without private data")
-    add("-v", "--verbose", action="store_true", help="tracebacks of errors")
+    add("-v", "--verbose", action="store_true", help="show tracebacks of errors")
     return parser
 
 

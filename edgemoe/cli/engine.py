@@ -15,7 +15,7 @@ _SAME = (
 )  # fmt: skip
 """Flags with the name and the meaning of an engine option."""
 
-ONE_ADAPTER_HELP = "a fine-tune of the model, of edgemoe convert --base: it is what is measured"
+ONE_ADAPTER_HELP = "measure the model with this adapter, a fine-tune of edgemoe convert --base"
 """The help of --adapter in commands that measure."""
 
 

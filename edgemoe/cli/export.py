@@ -17,12 +17,12 @@ __all__ = ["main"]
 _PROG = "edgemoe export"
 
 _EPILOG = """\
-For the day a model outgrows one machine: OUT becomes a Hugging Face directory in
-bfloat16, with config.json and the tokenizer, that transformers, vLLM and SGLang load.
-An OUT that ends with .gguf becomes a file for llama.cpp, of Q8_0 or F16.
-The weights are those of the level that is asked for, exactly as they are computed
-with here but for the rounding to bfloat16: what a quantisation lost stays lost.
-An embedding that is the head too has one level there; here its rows have the highest.
+OUT becomes a Hugging Face directory in bfloat16, with config.json and the tokenizer,
+which transformers, vLLM and SGLang load: for the day a model outgrows one machine.
+An OUT that ends with .gguf becomes a file for llama.cpp, in Q8_0 or F16.
+The weights are those of the chosen level, as edgemoe computes with them except for
+the rounding to the new type: what quantisation lost stays lost. An embedding that is
+also the head has that level too, while edgemoe reads its rows at the highest level.
 
 Families whose tensors the conversion changed for good are refused by name.
 """
@@ -76,12 +76,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("model", type=Path, metavar="FILE.moe", help="a converted file")
     parser.add_argument("out", type=Path, metavar="OUT", help="the directory or GGUF file to make")
     parser.add_argument("--bits", type=int, metavar="N",
-                        help="precision of the experts, a level of the file (default: the highest)")  # fmt: skip
+                        help="bits of the experts, a level of the file (default: the highest)")  # fmt: skip
     parser.add_argument(
-        "--dense-bits", type=int, metavar="N", help="of everything else (default: the highest)"
+        "--dense-bits", type=int, metavar="N", help="bits of everything else (default: the highest)"
     )
     parser.add_argument(
-        "--type", choices=("Q8_0", "F16"), help="of a GGUF file's matrices (default: Q8_0)"
+        "--type", choices=("Q8_0", "F16"), help="type of a GGUF file's matrices (default: Q8_0)"
     )
-    parser.add_argument("-v", "--verbose", action="store_true", help="tracebacks of errors")
+    parser.add_argument("-v", "--verbose", action="store_true", help="show tracebacks of errors")
     return parser

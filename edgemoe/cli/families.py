@@ -14,10 +14,10 @@ __all__ = ["main"]
 _PROG = "edgemoe families"
 
 _EPILOG = """\
-A family's checkpoints are read from Hugging Face directories with safetensors, in
-float32, float16 or bfloat16 or quantised as listed, and from GGUF files where an
-architecture of these is named: all of their types that the package gguf decodes,
-split files by their first part, big-endian files not.
+Checkpoints are read from Hugging Face directories with safetensors, in float32,
+float16 or bfloat16 or quantised as listed. Families with a GGUF architecture are
+read from GGUF files too: all types that the package gguf decodes, split files by
+their first part, but no big-endian files.
 """
 
 
@@ -82,6 +82,6 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog=_PROG, description="List the checkpoints that can be converted.", epilog=_EPILOG
     )
-    parser.add_argument("--json", action="store_true", help="the same as one JSON object")
-    parser.add_argument("-v", "--verbose", action="store_true", help="tracebacks of errors")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
+    parser.add_argument("-v", "--verbose", action="store_true", help="show tracebacks of errors")
     return parser

@@ -180,13 +180,13 @@ def _ranks(of: Sequence[int]) -> str:
 
 
 def _parser(prog: str) -> argparse.ArgumentParser:
-    parser = Parser(prog=prog, description="Say what a .moe file holds, and check it.")
+    parser = Parser(prog=prog, description="Show what a .moe file holds, and check it.")
     add_model(parser)
     parser.add_argument(
-        "--verify", action="store_true", help="read all weights and check their sums"
+        "--verify", action="store_true", help="read all weights and check their checksums"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
-    parser.add_argument("-v", "--verbose", action="store_true", help="tracebacks of errors")
+    parser.add_argument("-v", "--verbose", action="store_true", help="show tracebacks of errors")
     return parser
 
 

@@ -118,7 +118,7 @@ def _ago(when: int) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog=_PROG, description="List the models that are here.", epilog=_EPILOG)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
-    parser.add_argument("-v", "--verbose", action="store_true", help="tracebacks of errors")
+    parser.add_argument("-v", "--verbose", action="store_true", help="show tracebacks of errors")
     return parser
 
 

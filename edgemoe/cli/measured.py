@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 __all__ = ["MAX_LOSS_HELP", "check", "cost", "pick", "share"]
 
 MAX_LOSS_HELP = (
-    "take the fewest bits, or other settings, that `edgemoe quality --store` has measured to cost at most "
-    "this share of perplexity: 0.01 or 1%%; with --scheduler auto, bits only"
+    "take the fewest bits, or other settings, that `edgemoe quality --store` has measured to raise perplexity by "
+    "at most this share: 0.01 or 1%%; with --scheduler auto, bits only"
 )
 
 _PICKED = ("bits", "allocation", "dense_bits", "experts", "scheduler", "set")

@@ -24,29 +24,29 @@ _YES, _NO = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")
 _EPILOG = """\
 With no MODEL, a small demo model is built once and kept in the cache folder.
 
-Text goes to stdout, everything else to stderr. Without -p and -f the prompt is
-what comes from a standard input that is no terminal; with one of them nothing
-is read from there, except by -f -, which adds it to what -p says:
+Replies go to stdout, everything else to stderr. Without -p and -f, the prompt
+is read from standard input if that is no terminal. With -p or -f it is not
+read, except by -f -, which appends it to the text of -p:
 
     echo "What is the capital of France?" | %(prog)s model.moe
     git diff | %(prog)s model.moe -p "Sum this up:" -f -
 
 Every flag takes its default from the environment: EDGEMOE_ and its long name,
-as EDGEMOE_RAM=4GiB or EDGEMOE_CTX_SIZE=4096; 1 and 0 for those without a value.
+such as EDGEMOE_RAM=4GiB or EDGEMOE_CTX_SIZE=4096; 1 or 0 if it has no value.
 """
 
 
 _SERVE_EPILOG = """\
 With no MODEL, a small demo model is built once and kept in the cache folder.
 
-A reply is the same, bit for bit, alone or beside others, whatever the budget:
+A reply is the same, bit for bit, alone or among others, at any budget. Try:
 
     %(prog)s model.moe --ram 8GiB
     curl http://127.0.0.1:8080/v1/chat/completions -d '{"messages":
         [{"role": "user", "content": "Hello"}]}'
 
-Only this machine may ask, unless --host says otherwise; then a key is needed.
-Every flag takes its default from the environment, as EDGEMOE_PORT=8081.
+Only this machine may connect, unless --host says otherwise; then clients need a
+key. Every flag takes its default from the environment, such as EDGEMOE_PORT=8081.
 """
 
 
@@ -55,7 +55,7 @@ Chat with a Mixture-of-Experts model, inside a memory budget.
 
     %(prog)s model.moe                            chat
     %(prog)s model.moe --ram 8GiB --bits 4        inside 8 GiB, experts of 4 bits
-    %(prog)s model.moe -p "Why is the sky blue?"  answer and leave
+    %(prog)s model.moe -p "Why is the sky blue?"  answer and exit
 """
 
 
@@ -73,7 +73,7 @@ def serve_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="edgemoe serve",
         usage="%(prog)s [MODEL] [flags]",
-        description="Answer OpenAI's, Anthropic's and llama.cpp's requests, inside a memory budget.",
+        description="Serve a model over the APIs of OpenAI, Anthropic and llama.cpp, inside a memory budget.",
         epilog=_SERVE_EPILOG,
         first=[_DAILY, _DOOR],
     )
@@ -106,27 +106,27 @@ def _filled(
 def _add_temp(group: argparse._ActionsContainer) -> None:
     """Adds the one sampling flag that is used every day."""
     _add(group, "--temp", type=float, metavar="N",
-         help="0 always takes the likeliest token, 1 follows the model (default: the model's, else 0.8)")
+         help="temperature: 0 always takes the likeliest token, 1 follows the model (default: the model's, else 0.8)")
 
 
 def _add_sampling_flags(sampling: argparse._ActionsContainer) -> None:
     """Adds the other sampling flags."""
     _add(sampling, "--top-k", type=int, metavar="N",
-         help="keep the N likeliest, 0 for all (default: the model's, else 40)")
+         help="keep the N likeliest tokens, 0 for all (default: the model's, else 40)")
     _add(sampling, "--top-p", type=float, metavar="N",
-         help="keep the likeliest with this probability together (default: the model's, else 0.95)")
+         help="keep the likeliest tokens that together have this probability (default: the model's, else 0.95)")
     _add(sampling, "--min-p", type=float, metavar="N",
-         help="keep those this likely relative to the likeliest (default: the model's, else 0.05)")
+         help="keep tokens at least this likely, relative to the likeliest (default: the model's, else 0.05)")
     _add(sampling, "--typical", type=float, metavar="N",
-         help="keep the most typical with this probability together (default: the model's, else 1)")
+         help="keep the most typical tokens that together have this probability (default: the model's, else 1)")
     _add(sampling, "--repeat-penalty", type=float, metavar="N",
-         help="divides the logits of recent tokens (default: the model's, else 1, none)")
+         help="what the logits of recent tokens are divided by (default: the model's, else 1: no penalty)")
     _add(sampling, "--repeat-last-n", type=int, metavar="N",
-         help="how many tokens are recent, -1 for all (default: all for the model's penalty, else 64)")
+         help="how many tokens count as recent, -1 for all (default: all for the model's own penalty, else 64)")
     _add(sampling, "--presence-penalty", type=float, metavar="N",
-         help="taken from the logits of recent tokens (default: the model's, else 0)")
+         help="what is subtracted from the logits of recent tokens (default: the model's, else 0)")
     _add(sampling, "--frequency-penalty", type=float, metavar="N",
-         help="the same, for each time they occurred (default: the model's, else 0)")
+         help="the same, but subtracted for each time that a token occurred (default: the model's, else 0)")
 
 
 def _add_path(parser: argparse.ArgumentParser) -> None:
@@ -139,45 +139,45 @@ def _add_daily_flags(daily: argparse._ActionsContainer) -> None:
     """Adds the flags that matter most for memory and speed, to either program."""
     _add(daily, "--ram", type=ram_size, metavar="SIZE",
          help="memory for the whole process: 4GiB, 512MB, 50%% of what is free "
-         "(default: that, less a margin)")
+         "(default: what is free, less a margin)")
     _add(daily, "--bits", type=bits_or_auto, metavar="N",
          help="bits of the experts' weights: fewer are faster and worse, and more experts fit; `edgemoe inspect` lists "
-         "them; auto: each expert its own, as allocated (default: the file's)")
+         "them; auto: as allocated to each expert (default: all that the file has)")
     _add(daily, "-c", "--ctx-size", type=int, default=0, metavar="N",
          help="most tokens of prompt and reply (default: 0, what fits)")
     _add(daily, "-hf", "-hfr", "--hf-repo", metavar="REPO",
-         help="a model of the Hugging Face hub, user/repo[:BITS|:QUANT]: fetched once, as edgemoe pull does")
+         help="a model on the Hugging Face hub, user/repo[:BITS|:QUANT]: fetched once, as by edgemoe pull")
 
 
 def _add_model_flags(model: argparse._ActionsContainer) -> None:
     """Adds the other flags about the model, to either program."""
     _add(model, "--allocation", metavar="FILE",
-         help="for --bits or --dense-bits auto: of edgemoe allocate (default: the model file's own)")
+         help="for --bits or --dense-bits auto: a file of edgemoe allocate (default: the model file's own)")
     _add(model, "--adapter", action=_Collect, default=[], metavar="[NAME=]FILE",
-         help="a fine-tune of the model, of edgemoe convert --base; may be given several times")
+         help="a fine-tune of the model, made by edgemoe convert --base; may be repeated")
     _add(model, "--dense-bits", type=bits_or_auto, metavar="N",
-         help="bits of all weights that are no expert's; auto: each matrix its own, as allocated (default: the file's)")
+         help="bits of all but the experts; auto: as allocated to each matrix (default: all that the file has)")
     _add(model, "--max-quality-loss", metavar="X", help=MAX_LOSS_HELP)
     _add(model, "--experts", type=int, metavar="K",
-         help="experts per token (default: the file's); fewer is faster and worse")
+         help="experts per token (default: the model's); fewer are faster and worse")
     _add(model, "-ctk", "--cache-type-k", default="f16", metavar="TYPE",
-         help="keys of the KV cache: f16, f32: twice the memory, or, not exact, q8_0: half of it, q4_0: less than a "
-         "third, q3_0, q2_0, auto: each layer's own (default: %(default)s)")
+         help="type of keys in the KV cache: f16; f32, of twice the size; or, not exact, q8_0, of half the size, q4_0, "
+         "of less than a third, q3_0, q2_0; auto: each layer's own (default: %(default)s)")
     _add(model, "-ctv", "--cache-type-v", default="f16", metavar="TYPE",
          help="the same for values (default: %(default)s)")
     _add(model, "--kv-table", metavar="FILE",
-         help="for -ctk and -ctv auto: of edgemoe allocate --kv (default: the model file's own)")
-    _add(model, "-t", "--threads", type=int, metavar="N", help="(default: the cores there are)")
+         help="for -ctk and -ctv auto: a file of edgemoe allocate --kv (default: the model file's own)")
+    _add(model, "-t", "--threads", type=int, metavar="N", help="(default: the number of cores)")
     _add(model, "--device", default="cpu", metavar="NAME",
          help="cpu, or cuda:0 for the first NVIDIA device; the answer is the same (default: %(default)s)")
     _add(model, "--vram", type=ram_size, metavar="SIZE",
-         help="of the device's memory, what may be taken (default: what is free, less a margin)")
-    model.add_argument("--list-devices", action=_Devices, help="say which devices there are, or why none, and leave")
+         help="the most device memory to use (default: what is free, less a margin)")
+    model.add_argument("--list-devices", action=_Devices, help="list the devices, or say why there are none, and exit")
     _add(model, "--scheduler", default="on-demand", metavar="NAME",
-         help="decides what is loaded when (default: %(default)s); `edgemoe schedulers` lists them")
+         help="what decides which experts are loaded when (default: %(default)s); `edgemoe schedulers` lists them")
     _add(model, "--set", action=_Collect, default=[], metavar="KEY=VALUE", help=SET_HELP)
-    _add_switch(model, "--no-verify", help="do not check the sums of weights as they are read")
-    _add(model, "--trace", metavar="FILE", help="record which experts the router asked for")
+    _add_switch(model, "--no-verify", help="do not check the checksums of weights as they are read")
+    _add(model, "--trace", metavar="FILE", help="record which experts the router chose")
     _add(model, "--profile", metavar="FILE",
          help="learn from run to run: loaded if it exists, saved at the end")
     _add_switch(model, "--warm", help="first load the experts that the profile says are used most")
@@ -186,8 +186,8 @@ def _add_model_flags(model: argparse._ActionsContainer) -> None:
 def _add_flags(parser: argparse.ArgumentParser) -> None:
     _add_path(parser)
     daily = parser.add_argument_group(_DAILY)
-    _add(daily, "-p", "--prompt", metavar="TEXT", help="answer this and leave")
-    _add(daily, "-f", "--file", metavar="FILE", help="answer this file's text and leave; - for standard input")
+    _add(daily, "-p", "--prompt", metavar="TEXT", help="answer this and exit")
+    _add(daily, "-f", "--file", metavar="FILE", help="answer this file's text and exit; - for standard input")
     _add(daily, "-sys", "--system-prompt", metavar="TEXT", help="what the model is told first")
     _add(daily, "-n", "--predict", type=int, metavar="N",
          help="most tokens of a reply, -1 until it ends (default: the model's, else -1)")
@@ -195,7 +195,7 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     _add_daily_flags(daily)
     _add(daily, "--stats", type=stats_kind, default="short", metavar="KIND",
          help="the line after a reply: short, full or off (default: %(default)s)")
-    _add(daily, "--session", metavar="NAME", help="go on with the conversation of that name, and keep it")
+    _add(daily, "--session", metavar="NAME", help="continue the conversation of that name, and keep it")
     _add_version(daily)
 
     model = parser.add_argument_group("experts and memory")
@@ -204,11 +204,11 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
 
     text = parser.add_argument_group("text")
     _add_switch(text, "--no-history", help="do not keep what is typed in a chat for the next one")
-    _add(text, "--json-schema", metavar="FILE|TEXT", help="the reply is JSON of this schema, whatever the model")
+    _add(text, "--json-schema", metavar="FILE|TEXT", help="replies are JSON that follows this schema, with any model")
     _add(text, "--reasoning", type=reasoning_kind, default="dim", metavar="KIND",
-         help="before an answer: dim, fold: one line in its place, or off: none (default: %(default)s)")
+         help="reasoning before an answer: dim, fold: one line in its place, or off: none (default: %(default)s)")
     _add_switch(text, "--raw", help="no chat template: the model continues the text")
-    _add_switch(text, "--ignore-eos", help="go on where the model would end its reply")
+    _add_switch(text, "--ignore-eos", help="continue where the model would end its reply")
     _add(text, "-r", "--stop", "--reverse-prompt", action=_Collect, default=[], metavar="TEXT",
          help="a text that ends the reply; may be repeated")
 
@@ -229,45 +229,45 @@ def _add_serve_flags(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("experts and memory")
     _add(model, "-m", "--model", metavar="FILE", help="the same as MODEL")
     _add(model, "--slot-save-path", metavar="DIR",
-         help="save what conversations hold there, and restore it when their prompts come back")
+         help="save the state of conversations there, and restore it when their prompts come back")
     _add(model, "--slot-save-size", type=ram_size, default=8 << 30, metavar="SIZE",
          help="the most that is kept there (default: 8GiB)")
     _add(model, "--cache-ram", type=ram_size, default=0, metavar="SIZE",
-         help="the most of --ram that may keep what conversations lose, before it goes to disk or is forgotten "
-         "(default: 0, experts are worth more)")
+         help="the most of --ram for state that conversations lose, before it goes to disk or is forgotten "
+         "(default: 0, as experts are worth more)")
     _add_model_flags(model)
-    _add_switch(model, "--no-grammar", help="keep no memory for JSON schemas and grammars, and refuse them")
+    _add_switch(model, "--no-grammar", help="reserve no memory for JSON schemas and grammars, and refuse them")
 
     door = parser.add_argument_group(_DOOR)
     _add(door, "--host", default="127.0.0.1", metavar="ADDRESS",
          help="where to listen (default: %(default)s, this machine alone)")
-    _add(door, "--port", type=int, default=8080, metavar="N", help="0 for a free one (default: %(default)s)")
+    _add(door, "--port", type=int, default=8080, metavar="N", help="the port, 0 for a free one (default: %(default)s)")
     _add(door, "--api-key", action=_Collect, default=[], metavar="KEY",
-         help="what clients must send; may be repeated. EDGEMOE_API_KEY is not seen in the list of processes")
-    _add(door, "--api-key-file", metavar="FILE", help="keys, one a line")
-    _add_switch(door, "--no-auth", help="let other machines ask without a key")
+         help="a key that clients must send; may be repeated. EDGEMOE_API_KEY does not show in the list of processes")
+    _add(door, "--api-key-file", metavar="FILE", help="a file of keys, one per line")
+    _add_switch(door, "--no-auth", help="let other machines connect without a key")
     _add(door, "--allowed-hosts", action=_Collect, default=[], metavar="NAME",
          help="a further name under which clients reach the server; may be repeated")
     _add(door, "--cors-origins", action=_Collect, default=[], metavar="ORIGIN",
-         help="a web page whose scripts may ask, * for all; may be repeated (default: none)")
+         help="an origin of web pages whose scripts may ask, * for all; may be repeated (default: none)")
 
     requests = parser.add_argument_group("requests")
     _add(requests, "--alias", action=_Collect, default=[], metavar="NAME",
-         help="what the model is called; may be repeated (default: the file's name)")
+         help="a name of the model for clients; may be repeated (default: the file's name)")
     _add(requests, "--queue", type=int, default=64, metavar="N",
          help="requests that may wait; more are refused (default: %(default)s)")
     _add(requests, "--timeout", type=float, default=3600.0, metavar="SECONDS",
-         help="after which a request is given up (default: %(default)g)")
+         help="give a request up after this time (default: %(default)g)")
     _add(requests, "--keep-alive", default="-1", metavar="TIME",
-         help="after so long without a request (5m, 30s) experts leave memory; what conversations hold stays "
+         help="after this time without a request (5m, 30s) experts leave memory; the state of conversations stays "
          "(default: -1, never)")
     _add(requests, "--sse-ping", type=float, default=5.0, metavar="SECONDS",
-         help="between signs of life in a stream (default: %(default)g)")
+         help="time between pings in a stream (default: %(default)g)")
     _add(requests, "--reasoning-budget", type=int, default=-1, metavar="N",
          help="most tokens of reasoning, where the model marks its end with one token (default: -1, no limit)")
     _add_switch(requests, "--strict", help="refuse fields that have no effect, instead of reporting them")
-    _add_switch(requests, "--metrics", help="tell figures at /metrics, as Prometheus reads them")
-    _add_switch(requests, "--no-page", help="show no page at /")
+    _add_switch(requests, "--metrics", help="serve figures for Prometheus at /metrics")
+    _add_switch(requests, "--no-page", help="serve no page at /")
 
     sampling = parser.add_argument_group("sampling, where a request says nothing")
     _add_temp(sampling)
@@ -280,7 +280,7 @@ def _add_serve_flags(parser: argparse.ArgumentParser) -> None:
 def _add_version(parser: argparse._ActionsContainer) -> None:
     """Adds --verbose and --version."""
     _add_switch(parser, "-v", "--verbose", help="more messages, and tracebacks of errors")
-    parser.add_argument("--version", action=_Version, help="print the version and leave")
+    parser.add_argument("--version", action=_Version, help="print the version and exit")
 
 
 class _Version(argparse.Action):

@@ -38,9 +38,9 @@ class Parser(argparse.ArgumentParser):
         self._first = tuple(first)
         if first:
             self.add_argument(
-                "-h", "--help", action=_FirstHelp, help="show the flags of every day and leave"
+                "-h", "--help", action=_FirstHelp, help="show the most used flags and exit"
             )
-            self.add_argument("--help-all", action="help", help="show all flags and leave")
+            self.add_argument("--help-all", action="help", help="show all flags and exit")
 
     def format_first_help(self) -> str:
         """Returns the help of the first groups, and the titles of the others."""

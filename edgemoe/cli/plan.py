@@ -28,21 +28,21 @@ _PROG = "edgemoe plan"
 _EPILOG = """\
 MODEL is a .moe file, a name of edgemoe list, a checkpoint's directory, a GGUF file, or
 user/repo[:QUANT] on the Hugging Face hub. Of a checkpoint, only headers and the
-tokenizer are read: of the hub's that is all that is fetched.
+tokenizer are read; from the hub, nothing else is fetched.
 
-The table has what the engine itself would do with a budget: how many tokens of context
+The table shows what the engine itself would do with a budget: how many tokens of context
 fit, and which share of the experts is in memory. "read per token" is what a token of the
 reply reads from the disk if every expert is as likely as any other; real text repeats
-itself and reads less. "tok/s" is between which speeds one reply is written, from what
-this machine was measured to do: its memory, its kernels, and its disk with reads of the
+itself and reads less. "tok/s" is the range of speeds of one reply, predicted from
+measurements of this machine: its memory, its kernels, and its disk with reads of the
 size of an expert. "bound by" says what takes most of the time:
 
-    disk       experts that are not in memory: more --ram, or fewer bits
-    memory     weights come no faster: fewer bits
-    computing  of weights: more cores; or fewer bits
-    layers     what each layer costs beside its weights: the model is small
+    disk       reading experts that are not in memory: more --ram, or fewer bits
+    memory     reading weights from memory: fewer bits
+    computing  the arithmetic on weights: more cores, or fewer bits
+    layers     the fixed cost of each layer: the model is small
 
-"perplexity" stands there if the file holds what its levels were measured to cost
+"perplexity" is shown if the file holds what its levels were measured to cost
 (edgemoe quality MODEL --store).
 
 How often a wanted expert is absent depends on the text. A trace of your own text
@@ -279,29 +279,29 @@ def _values(
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog=_PROG,
-        description="Say how a model would fit this machine, before it is converted.",
+        description="Show how a model would fit this machine, before it is converted.",
         epilog=_EPILOG,
     )
     add = parser.add_argument
     add_model(parser, help="a .moe file, a name, a checkpoint, a GGUF file or a hub's user/repo")
     free = "memory for the whole process (default: what is free, a half and a quarter of it)"
     add("--ram", type=ram_size, metavar="SIZE", help=free)
-    fits = "tokens that must fit (default: what fits)"
+    fits = "tokens of context that must fit (default: as many as fit)"
     add("-c", "--ctx-size", type=whole(1), metavar="N", help=fits)
-    add("--bits", type=whole(1), metavar="N", help="of the experts (default: all levels)")
-    types = f"of the KV cache: {CACHE_TYPES_TEXT}; auto: each layer's own (default: %(default)s)"
+    add("--bits", type=whole(1), metavar="N", help="bits of the experts (default: all levels)")
+    types = f"in the KV cache: {CACHE_TYPES_TEXT}; auto: each layer's own (default: %(default)s)"
     add("-ctk", "--cache-type-k", default="f16", metavar="TYPE", help=f"keys {types}")
     add("-ctv", "--cache-type-v", default="f16", metavar="TYPE", help=f"values {types}")
-    table = "of edgemoe allocate --kv, for auto (default: the model file's)"
+    table = "for auto: a file of edgemoe allocate --kv (default: the model file's)"
     add("--kv-table", type=Path, metavar="FILE", help=table)
     add(
         "--trace",
         type=Path,
         metavar="FILE",
-        help="of edgemoe-run --trace: how often experts are absent",
+        help="a file of edgemoe-run --trace, which tells how often experts are absent",
     )
     add("--no-probe", action="store_true", help="do not read from the disk to measure it")
     add("--name", help=argparse.SUPPRESS)
-    add("--json", action="store_true", help="print JSON, in bytes")
-    add("-v", "--verbose", action="store_true", help="tracebacks of errors")
+    add("--json", action="store_true", help="print JSON instead, with sizes in bytes")
+    add("-v", "--verbose", action="store_true", help="show tracebacks of errors")
     return parser

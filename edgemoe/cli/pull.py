@@ -16,17 +16,17 @@ __all__ = ["main"]
 _PROG = "edgemoe pull"
 
 _EPILOG = """\
-    %(prog)s Qwen/Qwen3-30B-A3B              all levels, the bits of the checkpoint's best
+    %(prog)s Qwen/Qwen3-30B-A3B              all levels, of 8 bits at most
     %(prog)s Qwen/Qwen3-30B-A3B:4            a smaller file, of 4 bits at most
     %(prog)s unsloth/Qwen3-30B-A3B-GGUF:Q4_K_M   made of GGUF files
     edgemoe plan Qwen/Qwen3-30B-A3B          first see how it would fit
 
-The weights come one file at a time, and each is converted and dropped before the
-next: the disk needs room for the model and one file of its source. What was
-interrupted, however hard, goes on with the same command. Every file's sum is
-checked. Files in Hugging Face's cache are used, and left there.
+The weights come one file at a time, and each is converted and removed before the
+next: the disk needs room for the model and one file of its source. After any
+interruption, the same command continues. Every file's checksum is checked. Files
+in Hugging Face's cache are used, and left there.
 
-HF_TOKEN, HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE mean what they mean everywhere.
+HF_TOKEN, HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE have their usual meanings.
 EDGEMOE_MODELS says where models are kept.
 """
 
@@ -75,15 +75,15 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
     )
     parser.add_argument(
-        "name", metavar="USER/REPO[@REVISION][:BITS|:QUANT]", help="what the hub calls it"
+        "name", metavar="USER/REPO[@REVISION][:BITS|:QUANT]", help="the model's name on the hub"
     )
     parser.add_argument(
         "--bits",
         type=whole(1),
         metavar="N",
-        help="most bits per weight that can be used later; fewer make a smaller file (default: 8)",
+        help="the most bits that the file can be run at; fewer make a smaller file (default: 8)",
     )
-    parser.add_argument("-v", "--verbose", action="store_true", help="tracebacks of errors")
+    parser.add_argument("-v", "--verbose", action="store_true", help="show tracebacks of errors")
     return parser
 
 

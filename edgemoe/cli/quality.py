@@ -40,20 +40,20 @@ llama-perplexity does. KL is the mean divergence from the reference's prediction
 in nats per token, ± its standard error; change is that of the perplexity from the
 reference's, ± the standard error over pairs of the same tokens.
 
-What depends on what is resident is measured token by token with the memory that
-it is meant for, the exact run beside it:
+A setting whose effect depends on what is in memory is measured token by token,
+with the memory that it is meant for, and with an exact run to compare with:
   --ram 2GiB --decode --run on-demand --run hobbit --run on-demand miss_bits=4 --store
 
 With --tasks, a line of FILE.jsonl is {"prompt": TEXT, "answer": TEXT}, which is right
 if greedy decoding would write that text, or {"prompt": TEXT, "choices": [TEXT, …],
 "answer": N}, which is right if choice N (0 is the first) is the likeliest. "task"
-names what it is counted under. The reference is then BITS or FILE.moe.
+is the name that a line is counted under. The reference is then BITS or FILE.moe.
 
 --reference is one of
   BITS        a level of the same file (default: the highest)
   FILE.moe    another file, at its highest level
   SOURCE      the checkpoint that the file was converted from, a directory or a
-              .gguf file, in float32; takes a pass of plain numpy over it
+              .gguf file, in float32; takes one pass over it in plain numpy
   FILE        log-probabilities that another program saved, with their tokens:
               llama-perplexity -m MODEL.gguf -f TEXT --kl-divergence-base FILE, or
               benchmarks/reference_logprobs.py CHECKPOINT TEXT FILE
@@ -304,34 +304,36 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--bits", type=bits_or_auto, nargs="+", metavar="N",
                         help="levels to measure, or auto, the file's allocation (default: all levels)")  # fmt: skip
     parser.add_argument("--dense-bits", type=bits_or_auto, metavar="N",
-                        help="of all that is no expert, or auto, as allocated (default: as --bits)")  # fmt: skip
+                        help="bits of all but the experts, or auto, as allocated (default: as --bits)")  # fmt: skip
     parser.add_argument("--adapter", action="append", default=[], metavar="[NAME=]FILE",
                         help=f"{ONE_ADAPTER_HELP}; a --reference FILE.moe is without it")  # fmt: skip
     parser.add_argument("--scheduler", action="append", metavar="NAME",
-                        help="may be repeated (default: on-demand)")  # fmt: skip
+                        help="a scheduler to measure; may be repeated (default: on-demand)")  # fmt: skip
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=SET_HELP)
     parser.add_argument("--run", action="append", nargs="+", metavar=("NAME", "KEY=VALUE"),
-                        help="measure this scheduler with these options, which may be bits and dense_bits too "
+                        help="measure this scheduler with these options, bits and dense_bits among them "
                         "(default bits: those of --bits, else the highest); may be repeated")  # fmt: skip
     parser.add_argument("--decode", action="store_true",
-                        help="token by token, as replies are made: some schedulers act then only. Says "
-                        "also what was read, which with --ram is what a setting saves")  # fmt: skip
+                        help="run token by token, as replies are made: some schedulers act only then. Also "
+                        "shows what was read, and so with --ram what a setting saves")  # fmt: skip
     for letter, what in (("k", "keys"), ("v", "values")):
         parser.add_argument(f"-ct{letter}", f"--cache-type-{letter}", default="f16", metavar="TYPE",
-                            help=f"how {what} are kept: {CACHE_TYPES_TEXT} (default: f16)")  # fmt: skip
-    parser.add_argument("--chunk", type=int, metavar="N", help=f"tokens of each (default: {CHUNK})")
-    parser.add_argument("--chunks", type=int, metavar="N", help="how many (default: all)")
+                            help=f"type of {what} in the KV cache: {CACHE_TYPES_TEXT} (default: f16)")  # fmt: skip
+    parser.add_argument(
+        "--chunk", type=int, metavar="N", help=f"tokens of each chunk (default: {CHUNK})"
+    )
+    parser.add_argument("--chunks", type=int, metavar="N", help="how many chunks (default: all)")
     add_flags(parser)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures as JSON")
     parser.add_argument("--plot", type=Path, metavar="FILE.png",
                         help="draw KL over bits per weight (needs the extra `lab`)")  # fmt: skip
     parser.add_argument("--store", action="store_true",
                         help="keep the figures in the .moe file, for `edgemoe inspect` and --max-quality-loss, "
-                        "beside others that are of the same tokens and reference")  # fmt: skip
+                        "with earlier ones of the same tokens and reference")  # fmt: skip
     parser.add_argument("-t", "--threads", type=int, metavar="N")
     parser.add_argument("--ram", type=ram_size, metavar="SIZE", help="memory for the whole process")
-    parser.add_argument("--no-verify", action="store_true", help="do not check sums of weights")
-    parser.add_argument("-v", "--verbose", action="store_true", help="tracebacks of errors")
+    parser.add_argument("--no-verify", action="store_true", help="do not check weights' checksums")
+    parser.add_argument("-v", "--verbose", action="store_true", help="show tracebacks of errors")
     return parser
 
 

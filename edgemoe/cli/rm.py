@@ -74,11 +74,11 @@ def _meant(text: str) -> tuple[str, list[Path]]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
-        prog=_PROG, description="Remove models that are here, after saying what that frees."
+        prog=_PROG, description="Remove models that are here, after showing what that frees."
     )
-    parser.add_argument("names", nargs="+", metavar="NAME", help="as edgemoe list has it")
+    parser.add_argument("names", nargs="+", metavar="NAME", help="a name of edgemoe list")
     parser.add_argument("-y", "--yes", action="store_true", help="do not ask")
-    parser.add_argument("-v", "--verbose", action="store_true", help="tracebacks of errors")
+    parser.add_argument("-v", "--verbose", action="store_true", help="show tracebacks of errors")
     return parser
 
 

@@ -15,7 +15,7 @@ from edgemoe.cli.parser import Parser
 __all__ = ["SET_HELP", "main", "options_text", "read_settings"]
 
 SET_HELP = (
-    "an option of the scheduler as KEY=VALUE, or @FILE.toml with many; may be repeated; "
+    "an option of the scheduler, or @FILE.toml with several; may be repeated; "
     "`--set help` lists them"
 )
 
@@ -36,9 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = Parser(
         prog="edgemoe schedulers",
-        description="Tell what the schedulers of --scheduler do, and the options that --set gives them.",
+        description="Describe the schedulers of --scheduler, and the options that --set gives them.",
     )
-    parser.add_argument("name", nargs="?", metavar="NAME", help="only this one")
+    parser.add_argument("name", nargs="?", metavar="NAME", help="describe only this one")
     args = parser.parse_args(argv)
     from edgemoe.scheduler import KINDS
 

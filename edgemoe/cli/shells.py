@@ -21,13 +21,13 @@ PROGRAMS = ("edgemoe", "edgemoe-run")
 
 _PROG = "edgemoe completion"
 _EPILOG = """\
-To have it in every new shell, for edgemoe and, with its name behind, for edgemoe-run:
+For completion of edgemoe in every new shell (for edgemoe-run, add its name after the shell's):
 
     bash  edgemoe completion bash > ~/.local/share/bash-completion/completions/edgemoe
     zsh   edgemoe completion zsh > ~/.zfunc/_edgemoe    # a folder of fpath
     fish  edgemoe completion fish > ~/.config/fish/completions/edgemoe.fish
 
-Or for this one: eval "$(edgemoe completion bash)"; in fish: edgemoe completion fish | source
+Only in the present shell: eval "$(edgemoe completion bash)"; in fish: edgemoe completion fish | source
 """
 
 _CHOICES = {
@@ -69,7 +69,7 @@ def program(name: str) -> Parser:
     if name == "edgemoe-run":
         return _command("run")
     parser = Parser(prog=name, description="Runs Mixture-of-Experts models inside a memory budget.")
-    parser.add_argument("--version", action="store_true", help="print the version and leave")
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for command, (_, line) in COMMANDS.items():
         parent = _command(command)
@@ -78,7 +78,7 @@ def program(name: str) -> Parser:
             command, aliases=others, help=line, parents=[parent], add_help=False,
             prog=f"edgemoe {command}", usage=parent.usage, description=parent.description,
         )  # fmt: skip
-    told = commands.add_parser("help", help="tell what a command takes")
+    told = commands.add_parser("help", help="show the help of a command")
     told.add_argument("of", nargs="?", choices=tuple(COMMANDS), metavar="COMMAND")
     return parser
 

@@ -21,14 +21,14 @@ _RANK = 4
 _WINDOW = 256
 
 _EPILOG = """\
-Of every expert the affine map of rank N that is nearest to it on the text is
-kept in the model file, and stays in memory wherever experts may be left out:
+For every expert, the affine map of rank N that is nearest to it on the text is
+stored in the model file. It stays in memory wherever experts may be left out:
 
     edgemoe-run MODEL.moe --set top_p=0.9
     edgemoe-run MODEL.moe --scheduler hobbit
     edgemoe-run MODEL.moe --set stand_in_below=0.1    never wait for weak experts
 
---set stand_ins=none leaves them out of a run. The same command again replaces
+--set stand_ins=none runs without the maps. Running this command again replaces
 them.
 """
 
@@ -79,15 +79,15 @@ def _parser() -> argparse.ArgumentParser:
     # fmt: off
     parser.add_argument("model", type=Path, metavar="MODEL.moe", help="a converted file")
     parser.add_argument("--rank", type=int, default=_RANK, metavar="N",
-                        help="of each map: it takes 8 bytes for each of the model's columns (default: %(default)s)")
+                        help="rank of each map: it takes 8 N bytes per column of the model (default: %(default)s)")
     parser.add_argument("--text", type=Path, metavar="FILE",
-                        help="what to fit to (default: the package's calibration text)")
+                        help="the text to fit to (default: the package's calibration text)")
     parser.add_argument("--window", type=int, default=_WINDOW, metavar="N",
-                        help="tokens of each piece of it (default: %(default)s)")
-    parser.add_argument("--chunks", type=int, metavar="N", help="most pieces (default: all)")
+                        help="tokens in each piece of the text (default: %(default)s)")
+    parser.add_argument("--chunks", type=int, metavar="N", help="most pieces to use (default: all)")
     parser.add_argument("--ram", type=ram_size, metavar="SIZE",
                         help="memory for the whole process (default: what is free)")
-    parser.add_argument("-t", "--threads", type=int, metavar="N", help="(default: the cores there are)")
-    parser.add_argument("-v", "--verbose", action="store_true", help="tracebacks of errors")
+    parser.add_argument("-t", "--threads", type=int, metavar="N", help="(default: the number of cores)")
+    parser.add_argument("-v", "--verbose", action="store_true", help="show tracebacks of errors")
     # fmt: on
     return parser

@@ -31,11 +31,15 @@ HEAD = """\
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags to `edgemoe quality`."""
     parser.add_argument("--tasks", nargs="+", metavar="FILE.jsonl",
-                        help="count right answers instead; or arithmetic, copying, needle, which are made")  # fmt: skip
+                        help="count right answers instead; built in: arithmetic, copying, needle")  # fmt: skip
     parser.add_argument("--items", type=int, default=100, metavar="N",
-                        help="of each task that is made (default: %(default)s)")  # fmt: skip
+                        help="items of each built-in task (default: %(default)s)")  # fmt: skip
     parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of these (default: %(default)s)"
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="seed of built-in tasks (default: %(default)s)",
     )
 
 

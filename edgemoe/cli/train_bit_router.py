@@ -24,16 +24,16 @@ _STEPS = 200
 _ROWS = 10  # of the table that is printed
 
 _EPILOG = """\
-D2MoE's routers (arXiv 2504.15299): one small linear layer per expert, which
-are all that is trained. Takes torch: pip install "edgemoe[train]". The model's
-weights are held as float32, once per level.
+These are D2MoE's routers (arXiv 2504.15299): one small linear layer per expert;
+nothing else is trained. Needs torch: pip install "edgemoe[train]". The model's
+weights are held in memory as float32, once per level.
 
 With --store the routers become part of the model file, and d2moe uses them:
 
     edgemoe-run MODEL.moe --scheduler d2moe
 
-Without, they stay in OUT, which also holds what training needs to go on: the
-same command does, after Ctrl-C too, and with more --steps, or --store.
+Without --store they stay in OUT, which also holds the state of the training:
+the same command continues it, after Ctrl-C too, with more --steps, or --store.
 """
 
 
@@ -130,38 +130,38 @@ def _shares(text: str) -> tuple[float, ...]:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog=_PROG,
-        description="Train what chooses each expert's bits, token by token, for the scheduler d2moe.",
+        description="Train the routers that choose each expert's bits per token, for the scheduler d2moe.",
         epilog=_EPILOG,
     )
     # fmt: off
     parser.add_argument("model", type=Path, metavar="MODEL.moe", help="a converted file")
     parser.add_argument("--text", type=Path, metavar="FILE",
-                        help="what to train on (default: the package's calibration text)")
+                        help="the text to train on (default: the package's calibration text)")
     parser.add_argument("--levels", type=_levels, default=(2, 3, 4), metavar="N,…",
                         help="bits to choose from (default: 2,3,4); with 0 in front, an expert may be left out")
     parser.add_argument("--avg-bits", type=float, metavar="N",
-                        help="what the average is steered to, by alpha (default: the middle of the levels)")
+                        help="the average to reach, by adjusting alpha (default: the middle of the levels)")
     parser.add_argument("--alpha", type=float, metavar="A",
-                        help="instead: a fixed price of a bit in nats, as published")
+                        help="instead of --avg-bits: a fixed price per bit, in nats, as published")
     parser.add_argument("--capacities", type=_shares, metavar="C,…",
                         help="share of an expert's tokens that may use each level while training; what exceeds "
                         "it is dropped (published: 0.3,0.4,0.3; default: no limit)")
-    parser.add_argument("--steps", type=int, default=_STEPS, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=_STEPS, metavar="N", help="training steps (default: %(default)s)")
     parser.add_argument("--window", type=int, default=256, metavar="N",
-                        help="tokens of each piece of the text (default: %(default)s)")
+                        help="tokens in each piece of the text (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=4, metavar="N",
-                        help="pieces of a step (default: %(default)s)")
+                        help="pieces per step (default: %(default)s)")
     parser.add_argument("--rate", type=float, default=0.003, metavar="N",
-                        help="of Adam (default: %(default)s)")
-    parser.add_argument("--chunks", type=int, metavar="N", help="most pieces of the text (default: all)")
+                        help="learning rate of Adam (default: %(default)s)")
+    parser.add_argument("--chunks", type=int, metavar="N", help="most pieces to use (default: all)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="(default: %(default)s)")
     parser.add_argument("-o", "--out", type=Path, metavar="OUT",
-                        help="where it is kept (default: MODEL.bit-routers, removed once stored)")
+                        help="where the training is kept (default: MODEL.bit-routers, removed once stored)")
     parser.add_argument("--store", action="store_true", help="write the routers into the model file at the end")
-    parser.add_argument("--overwrite", action="store_true", help="begin anew if OUT exists")
+    parser.add_argument("--overwrite", action="store_true", help="start anew if OUT exists")
     parser.add_argument("--ram", type=ram_size, metavar="SIZE",
                         help="memory for the whole process (default: what is free)")
     parser.add_argument("-t", "--threads", type=int, metavar="N", help="(default: torch's own)")
-    parser.add_argument("-v", "--verbose", action="store_true", help="tracebacks of errors")
+    parser.add_argument("-v", "--verbose", action="store_true", help="show tracebacks of errors")
     # fmt: on
     return parser

@@ -27,7 +27,7 @@ def add_command(commands: Any, name: str, run: Any, about: str) -> argparse.Argu
         name, prog=f"edgemoe profile {name}", help=about, description=f"{about.capitalize()}."
     )
     parser.set_defaults(run=run)
-    parser.add_argument("-v", "--verbose", action="store_true", help="tracebacks of errors")
+    parser.add_argument("-v", "--verbose", action="store_true", help="show tracebacks of errors")
     return parser
 
 

@@ -19,7 +19,7 @@ def add(commands: Any) -> None:
     fit.add_argument("trace", metavar="TRACE")
     fit.add_argument("--budget", default="25%", metavar="SIZE",
                      help="memory for experts: a share of all of them, or a size (default: 25%%)")
-    fit.add_argument("--scheduler", default="on-demand", metavar="NAME", help="(default: %(default)s)")
+    fit.add_argument("--scheduler", default="on-demand", metavar="NAME", help="what is replayed (default: %(default)s)")
     fit.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
                      help="an option of the scheduler; may be repeated")
     # fmt: on

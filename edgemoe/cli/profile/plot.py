@@ -25,10 +25,10 @@ def add(commands: Any) -> None:
     plot = add_command(commands, "plot", _plot, "draw a trace and replays of it into one HTML file")
     add_flags(
         plot,
-        model_is_for="schedulers with tables of their own in it and for the quality that it holds",
+        model_is_for="schedulers with tables of their own in it, and for the quality that it holds",
     )
     plot.add_argument("-o", "--output", required=True, metavar="FILE", help="the HTML file")
-    plot.add_argument("--png", metavar="DIR", help="write the pictures there too")
+    plot.add_argument("--png", metavar="DIR", help="also write the pictures to DIR")
 
 
 def _plot(args: argparse.Namespace) -> None:

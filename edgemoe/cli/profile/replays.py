@@ -28,16 +28,16 @@ def add_flags(command: argparse.ArgumentParser, *, model_is_for: str) -> None:
                          help="memory for experts: a share of all of them, or a size "
                          "(default: 10%% 25%% 50%% 75%%)")
     command.add_argument("--vram", nargs="+", default=[], metavar="SIZE",
-                         help="what of a device's memory experts have, likewise; 0 for no device")
+                         help="device memory for experts, likewise; 0 for no device")
     command.add_argument("--schedulers", nargs="*", default=["on-demand"], metavar="NAME",
                          help="(default: on-demand)")
     command.add_argument("--policies", nargs="+", default=["lfu"], metavar="NAME",
-                         help="lru, lfu: for schedulers without one of their own (default: lfu)")
+                         help="eviction by lru or lfu, for schedulers without one of their own (default: lfu)")
     command.add_argument("--set", action="append", default=[], metavar="SCHEDULER.KEY=VALUE",
                          help="an option of a scheduler; may be repeated")
     command.add_argument("--model", metavar="MODEL", help=f"the .moe file, for {model_is_for}")
-    command.add_argument("--timing", metavar="TRACE", help="predict speeds from this one's times "
-                         "instead of the trace's own")
+    command.add_argument("--timing", metavar="TRACE", help="predict speeds from the times of this trace "
+                         "instead of the replayed one's")
 # fmt: on
 
 

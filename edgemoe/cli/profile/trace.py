@@ -25,24 +25,24 @@ _RANDOM_TOKENS = 512
 def add(commands: Any) -> None:
     """Adds the subcommand's parser."""
     # fmt: off
-    trace = add_command(commands, "trace", _trace, "run a text through a model and record it")
+    trace = add_command(commands, "trace", _trace, "run a text through a model and record the routing")
     trace.add_argument("model", metavar="MODEL", help="a .moe file")
     trace.add_argument("--text", metavar="FILE",
                        help="UTF-8 text to follow (default: random tokens, as in edgemoe bench)")
-    trace.add_argument("-o", "--output", required=True, metavar="FILE", help="the trace")
+    trace.add_argument("-o", "--output", required=True, metavar="FILE", help="the trace to write")
     trace.add_argument("-n", "--tokens", type=int, metavar="N",
-                       help=f"of the text, at most (default: all of it; {_RANDOM_TOKENS} random ones)")
+                       help=f"the most tokens (default: the whole text, or {_RANDOM_TOKENS} random tokens)")
     trace.add_argument("--prompt", type=int, default=64, metavar="N",
                        help="tokens computed at once, before single ones (default: %(default)s)")
     trace.add_argument("--pieces", type=int, metavar="N",
-                       help="instead of --prompt: the text as sequences of N tokens, each computed at once: fast, and "
-                       "of any length; for edgemoe profile train")
+                       help="instead of --prompt: cut the text, of any length, into sequences of N tokens, each "
+                       "computed at once, which is fast; for edgemoe profile train")
     trace.add_argument("--look-ahead", type=int, default=2, metavar="N",
-                       help="ask the routers of the next N layers too (default: %(default)s)")
+                       help="also ask the routers of the next N layers (default: %(default)s)")
     trace.add_argument("--ram", type=ram_size, metavar="SIZE", help="memory for the whole process")
     trace.add_argument("--bits", type=int, metavar="N")
     trace.add_argument("--dense-bits", type=int, metavar="N")
-    trace.add_argument("--experts", type=int, metavar="K", help="per token")
+    trace.add_argument("--experts", type=int, metavar="K", help="experts per token")
     trace.add_argument("-t", "--threads", type=int, metavar="N")
     trace.add_argument("--scheduler", metavar="NAME",
                        help="(default: on-demand without reading ahead, which predictions of speed need)")

@@ -18,16 +18,16 @@ def add(commands: Any) -> None:
     """Adds the subcommand's parser."""
     # fmt: off
     train = add_command(commands, "train", _train,
-                     "train what predicts routing paths on traces, and keep it in the model's file")
+                     "train a predictor of routing paths on traces, and store it in the model's file")
     train.add_argument("model", metavar="MODEL", help="the .moe file that was traced")
-    train.add_argument("traces", nargs="+", metavar="TRACE", help="best 100,000 tokens or more of text like yours")
+    train.add_argument("traces", nargs="+", metavar="TRACE", help="of text like yours, best of 100,000 tokens or more")
     train.add_argument("--width", type=int, default=192, metavar="N",
-                       help="of the network (default: %(default)s)")
+                       help="width of the network (default: %(default)s)")
     train.add_argument("--rows", type=int, default=16384, metavar="N",
-                       help="of its embedding, a power of two (default: %(default)s)")
-    train.add_argument("--epochs", type=int, default=6, metavar="N", help="(default: %(default)s)")
+                       help="rows of its embedding, a power of two (default: %(default)s)")
+    train.add_argument("--epochs", type=int, default=6, metavar="N", help="passes over traces (default: %(default)s)")
     train.add_argument("--table", action="store_true",
-                       help="instead: count which experts follow which, for the scheduler expertwise; takes no torch")
+                       help="instead, count which experts follow which, for the scheduler expertwise; needs no torch")
     # fmt: on
 
 
