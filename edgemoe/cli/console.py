@@ -80,7 +80,7 @@ def note(*lines: str) -> None:
 
 
 def dim(text: str, stream: object) -> str:
-    """Returns a text that a terminal shows dimmed; unchanged for other streams, with NO_COLOR, and with TERM=dumb."""
+    """Returns a text that a terminal shows dimmed; unchanged for other streams, NO_COLOR, or TERM dumb or unset."""
     is_plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") in (None, "dumb")
     return text if is_plain or not text or not is_terminal(stream) else f"\x1b[2m{text}\x1b[0m"
 

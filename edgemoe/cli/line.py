@@ -19,7 +19,7 @@ _LONGEST_LINE = 4095  # bytes: the kernel cuts a terminal's lines there (N_TTY_B
 
 
 class LineReader:
-    """Asks for one message at a time, which may have several lines."""
+    """A reader of messages from the user, one at a time; a message may have several lines."""
 
     def __init__(self, commands: Sequence[str] = (), *, keeps_history: bool = True) -> None:
         """Sets up prompt_toolkit, or plain input where that is missing or the terminal is dumb.

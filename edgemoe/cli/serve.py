@@ -174,9 +174,9 @@ def _options(args: Namespace, moe: MoeFile, reserved: int) -> EngineOptions:
 
 
 def _context(moe: MoeFile, options: EngineOptions) -> int | None:
-    """Returns the longest context, in tokens, that fits all sequences into a quarter of the room for experts.
+    """Returns the longest context, in tokens, with which all sequences fit into a quarter of the room for experts.
 
-    Agents begin with long prompts, so that a context of this size is worth the memory.
+    It is that long because agents begin with long prompts. None if not even the shortest context fits.
     """
     from edgemoe.errors import OutOfBudget
     from edgemoe.model import state_bytes
