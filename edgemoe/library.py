@@ -57,7 +57,7 @@ def cache_dir() -> Path:
     """Returns the user's cache directory for edgemoe.
 
     Raises:
-        FileNotFoundError: the user has no home.
+        FileNotFoundError: the user has no home directory.
     """
     base = os.environ.get("XDG_CACHE_HOME", "")
     try:
@@ -73,14 +73,14 @@ def folders() -> list[Path]:
     """Returns the folders of models: those of EDGEMOE_MODELS, else one in the cache. New models go to the first.
 
     Raises:
-        FileNotFoundError: the user has no home.
+        FileNotFoundError: the user has no home directory.
     """
     given = [Path(p).absolute() for p in os.environ.get("EDGEMOE_MODELS", "").split(":") if p]
     return given or [cache_dir() / "models"]
 
 
 def demo_path() -> Path:
-    """Returns where the demo model is or will be. Raises FileNotFoundError: the user has no home."""
+    """Returns where the demo model is or will be. Raises FileNotFoundError: the user has no home directory."""
     return cache_dir() / DEMO_FILE
 
 

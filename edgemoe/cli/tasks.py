@@ -58,7 +58,7 @@ def run_tasks(args: argparse.Namespace, moe: MoeFile, trials: Sequence[Trial]) -
     """Judges the reference and every trial, prints the table, and returns the exit code.
 
     Raises:
-        ValueError: an item or the reference is not what it should be.
+        ValueError: an item is malformed, or the reference is neither a level nor a `.moe` file.
         FormatError: a file is not sound.
     """
     from edgemoe.errors import FormatError

@@ -40,7 +40,7 @@ def ram_size(text: str) -> int:
 
 
 def share(text: str) -> float:
-    """Reads a share like 10% or 0.1."""
+    """Returns the number that a share like 10% or 0.1 means."""
     wrong = ArgumentTypeError(f"expected a share like 10% or 0.1, got {text!r}")
     try:
         number = float(text.removesuffix("%"))

@@ -62,7 +62,7 @@ class CachedRepository:
         return path
 
     def download(self, name: str, path: Path, progress: Callable[[int], None]) -> None:
-        """Is never needed: all files are there."""
+        """Is never called: all files are there already."""
         raise AssertionError(name)
 
     def _file(self, path: Path) -> RemoteFile:

@@ -32,7 +32,7 @@ _ORIGIN = "origin"
 
 
 def kept_path(name: HubName) -> Path:
-    """Returns where a model is or will be kept. Raises FileNotFoundError: the user has no home."""
+    """Returns the path where a model is or will be kept. Raises FileNotFoundError: the user has no home directory."""
     return library.folders()[0] / f"{name.kept}.moe"
 
 

@@ -90,7 +90,7 @@ class ChatTemplate:
                 count += len(piece)
                 if most_characters is not None and count > most_characters:
                     raise ValueError(f"it makes a prompt of more than {most_characters} characters")
-        except Exception as error:  # a template can fail in any way that Python can
+        except Exception as error:  # a template can raise any of Python's errors
             raise ValueError(f"chat template: {_one_line(error)}") from None
         return "".join(pieces)
 

@@ -1,1 +1,1 @@
-"""`edgemoe profile`: one file a subcommand."""
+"""`edgemoe profile`: one module per subcommand."""

@@ -91,7 +91,7 @@ class _Frame:
                 self.look(node.iter_child_nodes(), is_certain=is_certain)
 
     def _pass(self, node: nodes.Node, *, is_certain: bool) -> None:
-        """Notes what a statement that has names of its own says outside of them."""
+        """Visits what a statement with its own names evaluates or sets outside of these, in this part."""
         self.inner.append(node)
         if isinstance(node, nodes.For):
             self.look([node.iter], is_certain=is_certain)
