@@ -87,15 +87,14 @@ def open_device(
 
 def found(plug_in: str | os.PathLike[str] | None = None) -> list[str]:
     """Returns a line for each device, or one that says why there is none."""
-    lines = []
+    reasons = []
     for path in plug_ins() if plug_in is None else [Path(plug_in)]:
         probe = _core.probe_device(str(path))
-        for i in range(probe["num_devices"]):
-            lines.append(_line(path, i))
-        if lines:
-            return lines
-        lines.append(f"no CUDA device: {probe['why_not']}")
-    return lines[:1] or [f"no CUDA device: {_NO_PLUG_IN} (EDGEMOE_CUDA=1 pip install . builds it)"]
+        if count := probe["num_devices"]:
+            return [_line(path, i) for i in range(count)]
+        reasons.append(probe["why_not"])
+    why = reasons[0] if reasons else f"{_NO_PLUG_IN} (EDGEMOE_CUDA=1 pip install . builds it)"
+    return [f"no CUDA device: {why}"]
 
 
 @dataclass(frozen=True, slots=True)

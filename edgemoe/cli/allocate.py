@@ -216,7 +216,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
     )
     # fmt: off
-    parser.add_argument("model", type=Path, metavar="MODEL.moe")
+    parser.add_argument("model", type=Path, metavar="MODEL.moe", help="a converted file")
     parser.add_argument("--avg-bits", type=float, metavar="N",
                         help="the most bits per expert on average; --kv: per number, its share of the scales included")
     parser.add_argument("--kv", action="store_true",

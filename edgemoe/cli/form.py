@@ -6,6 +6,8 @@ import importlib.util
 import json
 from typing import TYPE_CHECKING
 
+from edgemoe.cli.console import decode_text
+
 if TYPE_CHECKING:
     from typing import Any
 
@@ -27,8 +29,11 @@ def schema_of(given: str) -> object:
     """
     text = given
     if not given.lstrip().startswith("{"):
-        with open(given, encoding="utf-8") as file:
-            text = file.read(_LARGEST)
+        with open(given, "rb") as file:
+            content = file.read(_LARGEST + 1)
+        if len(content) > _LARGEST:
+            raise ValueError(f"--json-schema: {given} has more than {_LARGEST} bytes")
+        text = decode_text(content, given)
     try:
         schema = json.loads(text)
     except (ValueError, RecursionError) as error:

@@ -230,7 +230,7 @@ def _add_serve_flags(parser: argparse.ArgumentParser) -> None:
     _add(model, "-m", "--model", metavar="FILE", help="the same as MODEL")
     _add(model, "--slot-save-path", metavar="DIR",
          help="save the state of conversations there, and restore it when their prompts come back")
-    _add(model, "--slot-save-size", type=ram_size, default=8 << 30, metavar="SIZE",
+    _add(model, "--slot-save-size", type=ram_size, metavar="SIZE",
          help="the most that is kept there (default: 8GiB)")
     _add(model, "--cache-ram", type=ram_size, default=0, metavar="SIZE",
          help="the most of --ram for state that conversations lose, before it goes to disk or is forgotten "

@@ -132,6 +132,8 @@ def _of_checkpoint(args: argparse.Namespace, source: Path) -> int:
         raise ValueError(
             "-ctk and -ctv: auto is for a .moe file, whose table of types it takes; a checkpoint has none"
         )
+    if args.kv_table is not None:
+        raise ValueError("--kv-table: is for a .moe file, with -ctk auto and -ctv auto")
     checkpoint = open_checkpoint(source)
     model = SourceModel(checkpoint, are_there=False)
     name = args.name or checkpoint.name
@@ -143,11 +145,12 @@ def _of_checkpoint(args: argparse.Namespace, source: Path) -> int:
         path = Path(folder) / "plan.moe"
         write_hollow(path, model.config, scheme=SCHEMES["nested"], sections=sections(checkpoint))
         flags = [str(path), "--name", name, "-ctk", args.cache_type_k, "-ctv", args.cache_type_v]
-        for name in ("ram", "ctx_size", "bits", "trace"):
-            if getattr(args, name) is not None:
-                flags += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
+        for flag in ("ram", "ctx_size", "bits", "trace"):
+            if getattr(args, flag) is not None:
+                flags += [f"--{flag.replace('_', '-')}", str(getattr(args, flag))]
         flags += ["--json"] if args.json else []
         flags += ["--no-probe"] if args.no_probe else []
+        flags += ["--verbose"] if args.verbose else []
         return run_apart("plan", *flags)
 
 

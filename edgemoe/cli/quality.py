@@ -330,7 +330,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--store", action="store_true",
                         help="keep the figures in the .moe file, for `edgemoe inspect` and --max-quality-loss, "
                         "with earlier ones of the same tokens and reference")  # fmt: skip
-    parser.add_argument("-t", "--threads", type=int, metavar="N")
+    parser.add_argument(
+        "-t", "--threads", type=int, metavar="N", help="threads (default: all cores)"
+    )
     parser.add_argument("--ram", type=ram_size, metavar="SIZE", help="memory for the whole process")
     parser.add_argument("--no-verify", action="store_true", help="do not check weights' checksums")
     parser.add_argument("-v", "--verbose", action="store_true", help="show tracebacks of errors")

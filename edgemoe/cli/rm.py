@@ -65,7 +65,9 @@ def _meant(text: str) -> tuple[str, list[Path]]:
     paths += [p for left in library.unfinished() if left.name == name for p in left.paths]
     if not paths:
         if Path(text).exists():
-            raise ValueError(f"{text}: is not one of edgemoe list; rm removes files of your own")
+            raise ValueError(
+                f"{text}: is none of the models of edgemoe list; remove your own files by yourself"
+            )
         meant = library.near(text)
         hint = f"; did you mean {' or '.join(meant)}?" if meant else ""
         raise FileNotFoundError(f"{text}: no such model{hint}")

@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             check(args)
         if args.slot_save_path is not None and args.device != "cpu":
             raise ValueError("--slot-save-path: prefixes are not saved where a device holds them")
-        if args.slot_save_path is None and args.slot_save_size != _SAVED_BYTES:
+        if args.slot_save_path is None and args.slot_save_size is not None:
             raise ValueError("--slot-save-size: expected --slot-save-path DIR, which it bounds")
         if args.cache_ram and args.device != "cpu":
             raise ValueError("--cache-ram: prefixes are not kept where a device holds them")
@@ -100,7 +100,7 @@ def _settings(args: Namespace) -> Settings:
         origins=tuple(args.cors_origins), hosts=tuple(h.lower() for h in args.allowed_hosts),
         is_strict=args.strict, has_metrics=args.metrics, has_page=not args.no_page, has_grammar=not args.no_grammar,
         reasoning_budget=whole("--reasoning-budget", args.reasoning_budget, -1),
-        prefixes=args.slot_save_path, prefix_bytes=args.slot_save_size, pool_bytes=args.cache_ram,
+        prefixes=args.slot_save_path, prefix_bytes=args.slot_save_size or _SAVED_BYTES, pool_bytes=args.cache_ram,
         keep_alive=keep_alive,
     )  # fmt: skip
 

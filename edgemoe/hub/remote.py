@@ -21,7 +21,7 @@ __all__ = ["HubError", "RemoteFile", "Repository", "Unreachable", "is_sound"]
 
 _BLOCK = 1 << 20
 _PATIENCE = 4  # attempts in a row without a new byte before a download is given up
-_PROXIES = {"Accept-Encoding": "identity"}  # otherwise ranges may count compressed bytes
+_UNCOMPRESSED = {"Accept-Encoding": "identity"}  # otherwise ranges may count compressed bytes
 
 
 class HubError(EdgemoeError, OSError):
@@ -76,10 +76,11 @@ class Repository:
             except (AttributeError, KeyError, TypeError, json.JSONDecodeError):
                 raise HubError(f"{repo}: {_endpoint()} does not answer as a hub does") from None
         self.commit = str(info.sha)
+        for s in info.siblings or []:
+            if s.size is None:
+                raise HubError(f"{repo}: {_endpoint()} does not say how large {s.rfilename} is")
         self.files: Mapping[str, RemoteFile] = {
-            s.rfilename: RemoteFile(
-                s.rfilename, s.size or 0, s.lfs.sha256 if s.lfs else None, s.blob_id
-            )
+            s.rfilename: RemoteFile(s.rfilename, s.size, s.lfs.sha256 if s.lfs else None, s.blob_id)
             for s in info.siblings or []
         }
 
@@ -189,7 +190,7 @@ class Repository:
         from huggingface_hub import hf_hub_url
         from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
 
-        headers = {**build_hf_headers(), **_PROXIES, "Range": f"bytes={start}-{stop - 1}"}
+        headers = {**build_hf_headers(), **_UNCOMPRESSED, "Range": f"bytes={start}-{stop - 1}"}
         url = hf_hub_url(self.repo, name, revision=self.commit)
         with (
             self._said(f"{name}: "),

@@ -36,7 +36,8 @@ def token_logprobs(
     """Returns the log-probabilities of `tokens` [T] under logits [T, V], each with those of the `top` likeliest."""
     found = []
     for row, token in zip(log_softmax(logits), tokens, strict=True):
-        best = most_likely(row, top) if top else ()
-        likeliest = tuple((int(i), float(row[i])) for i in best)
+        # `most_likely` does not sort where it returns the whole vocabulary.
+        best = most_likely(row, top) if top < len(row) else np.argsort(-row, kind="stable")
+        likeliest = tuple((int(i), float(row[i])) for i in best[:top])
         found.append(TokenLogprob(int(token), float(row[token]), likeliest))
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import jsonschema
 import pytest
@@ -33,10 +34,14 @@ def test_every_reply_is_of_the_schema(tiny_moe, tmp_path, capsys):
     ("given", "words"),
     [
         ("{no", "--json-schema: expected JSON"), ('{"type": "nothing"}', "--json-schema"),
-        ("nowhere.json", "nowhere.json"),
+        ("nowhere.json", "nowhere.json"), ("large.json", "large.json has more than 1048576 bytes"),
+        ("latin.json", "latin.json"),
     ],
 )  # fmt: skip
-def test_what_is_no_schema_is_one_line(tiny_moe, capsys, given, words):
+def test_what_is_no_schema_is_one_line(tiny_moe, capsys, given, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("large.json").write_text('{"title": "' + "x" * (1 << 20) + '"}')
+    Path("latin.json").write_bytes('{"title": "Größe"}'.encode("latin-1"))
     try:
         code, said = run(tiny_moe, capsys, "--json-schema", given)
     except SystemExit as error:

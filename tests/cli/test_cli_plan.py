@@ -308,6 +308,7 @@ def test_bad_input_is_one_line(tiny_moe: Path, tmp_path: Path, capfd) -> None:
         ([tiny_moe, "-ctk", "auto"], 1, "edgemoe allocate --kv makes it"),
         ([tiny_moe, "-ctk", "q9_0"], 1, "cache_type_k: expected f16"),
         ([checkpoint, "-ctk", "auto"], 1, "a checkpoint has none"),
+        ([checkpoint, "--kv-table", "table.json"], 1, "--kv-table: is for a .moe file"),
     ):
         assert main(["plan", *map(str, arguments)]) == code
         error = capfd.readouterr().err

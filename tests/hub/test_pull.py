@@ -382,6 +382,16 @@ def test_a_hub_without_sums_is_said(hub, tmp_path, monkeypatch) -> None:
     assert_as_converted(path, source, tmp_path)
 
 
+def test_a_hub_without_sizes_is_one_line(hub, monkeypatch) -> None:
+    save(hub)
+    sibling = hubs._sibling
+    monkeypatch.setattr(
+        hubs, "_sibling", lambda *a: {k: v for k, v in sibling(*a).items() if k == "rfilename"}
+    )
+    with pytest.raises(HubError, match=f"user/tiny: {hub.url} does not say how large .* is"):
+        fetch()
+
+
 ENTRY = [sys.executable, "-m", "edgemoe"]
 
 

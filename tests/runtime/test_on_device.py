@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from pathlib import Path
 
 import families
 import numpy as np
@@ -14,6 +15,7 @@ from tiny import tiny_checkpoint
 
 import edgemoe
 import edgemoe.runtime.on_device
+from edgemoe import devices
 from edgemoe.convert.convert import convert
 from edgemoe.devices import DeviceName, found
 from edgemoe.errors import DeviceError, DeviceLost, OutOfBudget, RangeError
@@ -243,6 +245,13 @@ def test_a_device_that_is_not_there_says_why(tiny_moe, setting, message):
         edgemoe.load(tiny_moe, **on_device())
     with configured(**setting):
         assert found(plug_in())[0].startswith("no CUDA device: ")
+
+
+def test_a_plug_in_without_a_device_leaves_the_next_one_to_be_listed(monkeypatch, tmp_path):
+    (tmp_path / "none.so").write_bytes(b"")
+    monkeypatch.setattr(devices, "plug_ins", lambda: [tmp_path / "none.so", Path(plug_in())])
+    (line,) = found()
+    assert line.startswith("cuda:0  ")
 
 
 def test_devices_are_listed_and_named():

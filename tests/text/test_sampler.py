@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgemoe.errors import RangeError
+from edgemoe.text.logprobs import token_logprobs
 from edgemoe.text.sampler import Sampler, SamplingParams
 
 
@@ -366,3 +367,10 @@ def test_penalties_are_of_the_size_that_is_said():
     for params, logits, history, expected in cases:
         sampler = Sampler(SamplingParams(temperature=0, **params))
         assert sampler.sample(np.array(logits, np.float32), history) == expected, params
+
+
+@pytest.mark.parametrize("top", [0, 1, 3, 5, 9])
+def test_log_probabilities_come_likeliest_first(top: int) -> None:
+    (found,) = token_logprobs(np.array([[1, 3, 0, 3, 2]], np.float32), [4], top)
+    assert [i for i, _ in found.top] == [1, 3, 4, 0, 2][:top]
+    assert sum(math.exp(p) for _, p in found.top) == pytest.approx(1, abs=1e-6) or top < 5

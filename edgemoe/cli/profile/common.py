@@ -24,7 +24,10 @@ _T = TypeVar("_T")
 def add_command(commands: Any, name: str, run: Any, about: str) -> argparse.ArgumentParser:
     """Adds a subcommand, which `run` runs, and returns its parser."""
     parser: argparse.ArgumentParser = commands.add_parser(
-        name, prog=f"edgemoe profile {name}", help=about, description=f"{about.capitalize()}."
+        name,
+        prog=f"edgemoe profile {name}",
+        help=about,
+        description=f"{about[:1].upper()}{about[1:]}.",
     )
     parser.set_defaults(run=run)
     parser.add_argument("-v", "--verbose", action="store_true", help="show tracebacks of errors")

@@ -16,7 +16,7 @@ def add(commands: Any) -> None:
     """Adds the subcommand's parser."""
     # fmt: off
     fit = add_command(commands, "fit", _fit, "fit the weights of HOBBIT's eviction to a trace, by replays")
-    fit.add_argument("trace", metavar="TRACE")
+    fit.add_argument("trace", metavar="TRACE", help="a recorded trace")
     fit.add_argument("--budget", default="25%", metavar="SIZE",
                      help="memory for experts: a share of all of them, or a size (default: 25%%)")
     fit.add_argument("--scheduler", default="on-demand", metavar="NAME", help="what is replayed (default: %(default)s)")

@@ -23,14 +23,14 @@ _BUDGETS = ["10%", "25%", "50%", "75%"]
 # fmt: off
 def add_flags(command: argparse.ArgumentParser, *, model_is_for: str) -> None:
     """Adds the trace, and the flags that say what to replay it through."""
-    command.add_argument("trace", metavar="TRACE")
+    command.add_argument("trace", metavar="TRACE", help="a recorded trace")
     command.add_argument("--budgets", nargs="+", default=_BUDGETS, metavar="SIZE",
                          help="memory for experts: a share of all of them, or a size "
                          "(default: 10%% 25%% 50%% 75%%)")
     command.add_argument("--vram", nargs="+", default=[], metavar="SIZE",
                          help="device memory for experts, likewise; 0 for no device")
     command.add_argument("--schedulers", nargs="*", default=["on-demand"], metavar="NAME",
-                         help="(default: on-demand)")
+                         help="schedulers to replay it through (default: on-demand)")
     command.add_argument("--policies", nargs="+", default=["lfu"], metavar="NAME",
                          help="eviction by lru or lfu, for schedulers without one of their own (default: lfu)")
     command.add_argument("--set", action="append", default=[], metavar="SCHEDULER.KEY=VALUE",

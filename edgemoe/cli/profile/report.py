@@ -16,7 +16,7 @@ __all__ = ["add"]
 def add(commands: Any) -> None:
     """Adds the subcommand's parser."""
     report = add_command(commands, "report", _report, "show what a trace holds")
-    report.add_argument("trace", metavar="TRACE")
+    report.add_argument("trace", metavar="TRACE", help="a recorded trace")
     report.add_argument(
         "--model", metavar="MODEL", help="the .moe file, to judge its predictor of paths too"
     )

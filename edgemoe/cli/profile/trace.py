@@ -40,14 +40,14 @@ def add(commands: Any) -> None:
     trace.add_argument("--look-ahead", type=int, default=2, metavar="N",
                        help="also ask the routers of the next N layers (default: %(default)s)")
     trace.add_argument("--ram", type=ram_size, metavar="SIZE", help="memory for the whole process")
-    trace.add_argument("--bits", type=int, metavar="N")
-    trace.add_argument("--dense-bits", type=int, metavar="N")
+    trace.add_argument("--bits", type=int, metavar="N", help="of experts (default: the most that the file has)")
+    trace.add_argument("--dense-bits", type=int, metavar="N", help="of all other weights (default: the most)")
     trace.add_argument("--experts", type=int, metavar="K", help="experts per token")
-    trace.add_argument("-t", "--threads", type=int, metavar="N")
+    trace.add_argument("-t", "--threads", type=int, metavar="N", help="threads (default: all cores)")
     trace.add_argument("--scheduler", metavar="NAME",
                        help="(default: on-demand without reading ahead, which predictions of speed need)")
     trace.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=SET_HELP)
-    trace.add_argument("--no-verify", action="store_true")
+    trace.add_argument("--no-verify", action="store_true", help="do not check weights while they are read")
     # fmt: on
 
 
