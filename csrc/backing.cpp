@@ -95,7 +95,7 @@ class HostBacking : public Backing {
   Memory memory_;
   std::vector<ReadJob> jobs_;  ///< per slot
   std::vector<ReadJob*> ended_;
-  Loader loader_;  // last: its threads end before the memory that they write to goes
+  Loader loader_;  // last: its threads end before the memory that they write to is destroyed
 };
 
 class DryBacking : public Backing {

@@ -18,15 +18,15 @@ std::pair<int, int> matrix_shape(const ExpertShape& s, size_t m) {
   return {m == 0 && !s.gated ? 0 : s.expert_hidden, s.hidden};
 }
 
-/// Sets what the ranks of corrections are for matrix `m`, gate, up or down.
+/// Sets the ranks of the corrections of matrix `m`: gate, up or down.
 void set_ranks(const ExpertShape& s, size_t m, NestedMatrix* w) {
   const auto& ranks = s.ranks[m];
   std::copy(ranks.begin(), ranks.end(), w->ranks);
   if (m == 2) w->basis_rank = uint8_t(highest_rank(ranks));
 }
 
-/// Throws std::invalid_argument unless widths are ladders and rungs end where those of such experts do: `view` computes
-/// pointers by them. A dry cache has no bytes; there they need only grow.
+/// Throws std::invalid_argument unless the widths are valid ladders and each rung ends where it must for experts of
+/// this shape: `view` computes pointers from both. A dry cache has no bytes; there the ends need only ascend.
 void check_shape(const ExpertShape& s, bool is_dry) {
   expect_within("Cache hidden", s.hidden, 1, kMaxSize);
   expect_within("Cache expert_hidden", s.expert_hidden, 1, kMaxSize);
@@ -97,7 +97,7 @@ Cache::Cache(std::unique_ptr<Backing> backing, ExpertShape shape, std::vector<ui
   }
   window_bytes_ = slot_bytes(most);
   check_budget(budget_bytes);
-  // Address space for as many as could be resident at the lowest level.
+  // Address space for as many experts as could be resident at the lowest level.
   const size_t num_slots = std::min<size_t>(num_there_, size_t(most_pages_) * kPage / slot_bytes(1));
   slots_.resize(num_slots);
   levels_.assign(n, 0);
@@ -120,7 +120,7 @@ Cache::Cache(std::unique_ptr<Backing> backing, ExpertShape shape, std::vector<ui
 Cache::~Cache() {
   try {
     close();
-  } catch (...) {  // a read that failed after everybody lost interest
+  } catch (...) {  // a read failed that nobody waits for any more
   }
 }
 

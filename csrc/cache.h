@@ -1,9 +1,10 @@
-// The expert cache: which experts are resident, in how many rungs, inside a budget of bytes.
+// The expert cache: which experts are resident, in how many rungs, inside a budget of bytes. A rung holds the bits that
+// one level adds to the level below it; an expert at level n has its first n rungs.
 //
-// A slot is a window of address space as large as one expert's record at the highest level in use; its pages take
-// room only as far as the expert's level needs, so levels mix without fragmentation and the budget is exact to the
-// page. A record's bytes lie in its slot as they lie in the file: one read brings any level, one more any upgrade.
-// The cache keeps the books; the bytes themselves are its `Backing`'s.
+// A slot is a window of address space as large as one expert's record at the highest level in use. Its pages take
+// memory only as far as the expert's level needs, so levels mix without fragmentation and the budget is exact to the
+// page. A record's bytes lie in its slot as they lie in the file: one read brings any level, and one more any upgrade.
+// The cache does the bookkeeping; the bytes themselves belong to its `Backing`.
 #pragma once
 
 #include <algorithm>
@@ -34,7 +35,7 @@ struct ExpertShape {
   std::vector<uint32_t> ends;                       ///< rung r is [ends[r - 1], ends[r]) of a record
   bool gated = true;                                ///< else gate is a matrix of no rows
   uint8_t row_scales = 1;                           ///< see NestedMatrix
-  /// Of gate, up and down, the ranks of each rung's correction; empty for none. V is in rung 0 only for down.
+  /// For each of gate, up and down, the ranks of each rung's correction; empty for none. Only down has V in its rung 0.
   std::array<std::vector<uint8_t>, 3> ranks{};
 };
 
@@ -43,16 +44,16 @@ struct ExpertView {
   NestedMatrix gate, up, down;
 };
 
-/// Each is right by itself, also while another thread uses the cache.
+/// Counters of a cache. Each is right by itself, even while another thread uses the cache.
 struct CacheStats {
   Relaxed<uint64_t> hits, misses, evictions;
-  Relaxed<uint64_t> bits;           ///< summed over uses, as the ladder counts them for w_gate
+  Relaxed<uint64_t> bits;           ///< summed over uses: the bits of w_gate at the level used
   Relaxed<uint64_t> ahead_reads;    ///< reads begun for a later layer
   Relaxed<uint64_t> ahead_used;     ///< of these, experts that were then wanted while still in memory
   Relaxed<uint64_t> ahead_late;     ///< of these, still being read when wanted; counted as misses too
   Relaxed<double> wait_s;           ///< time that `next` waited for reads
   Relaxed<size_t> resident_bytes;   ///< of experts
-  Relaxed<size_t> committed_bytes;  ///< of slots; what the budget bounds
+  Relaxed<size_t> committed_bytes;  ///< of slots; the budget bounds this
   Relaxed<size_t> peak_bytes;
   Relaxed<size_t> budget_bytes;
   Relaxed<int> resident_experts;
@@ -65,56 +66,58 @@ struct Wish {
   int count;
 };
 
-/// Keeps the books of the slots. One thread at a time, but for what says otherwise; reads run beside it. At most one
-/// request is open.
+/// The bookkeeping of the slots. For one thread at a time, except where a member says otherwise; reads run in the
+/// background. At most one request is open.
 class Cache {
  public:
-  /// An expert that has fewer rungs than `max_level` is whole at its last: whatever level from there on is asked for,
-  /// it gives that one, and counts as resident at `max_level`. So whoever plans need not know who has how many.
+  /// An expert that has fewer rungs than `max_level` is complete at its last one: a request for any level from there on
+  /// gets that rung, and the expert counts as resident at `max_level`. So a planner need not know how many rungs each
+  /// expert has.
   ///
-  /// `rungs` [n] says how many of the ladder's each expert has: the first ones; e is layer_index * num_experts +
-  /// expert. One that has none is a place without an expert, so that layers may have fewer than others. Slots are made
-  /// for `most_bytes`, to which `set_budget` may raise the budget. Throws OutOfBudget when not even one expert fits at
-  /// `max_level`.
+  /// `rungs` [n] says how many of the ladder's rungs, counted from the first, each expert has; an expert's index is
+  /// layer_index * num_experts + expert. 0 marks a place without an expert, so that layers may have fewer than others.
+  /// Slots are made for `most_bytes`, to which `set_budget` may raise the budget. Throws OutOfBudget when not even one
+  /// expert fits at `max_level`.
   Cache(std::unique_ptr<Backing> backing, ExpertShape shape, std::vector<uint8_t> rungs, int max_level,
         size_t budget_bytes, Policy policy, size_t most_bytes = 0);
   Cache(const Cache&) = delete;
   Cache& operator=(const Cache&) = delete;
   ~Cache();
 
-  /// Opens a request: experts of one layer; expert i runs offsets[i + 1] - offsets[i] of `num_tokens` tokens. One may
-  /// come again at a higher level. Resident ones are pinned; reads start as far as slots are free.
+  /// Opens a request for experts of one layer; expert i runs offsets[i + 1] - offsets[i] of `num_tokens` tokens. An
+  /// expert may occur again at a higher level. Resident experts are pinned; reads start as far as slots are free.
   ///
-  /// `ahead` replaces the experts that later requests will probably want. These are read after all others, as far as
-  /// nothing wanted has to go, and are dropped last. Reads for those that are no longer on the list are taken back
-  /// unless they have begun. Throws std::logic_error when a request is open.
+  /// `ahead` replaces the list of experts that later requests will probably want. They are read after all others, as
+  /// long as nothing wanted has to be dropped for them, and are dropped last. Reads for experts that are no longer on
+  /// the list are cancelled unless they have begun. Throws std::logic_error when a request is open.
   void begin(const Wish& now, const int32_t* offsets, int num_tokens, const Wish& ahead);
 
-  /// Unpins the group given before and fills `group` with positions of the request that are resident now, waiting
-  /// for reads if none is. An empty group means that all have been given; the request is closed then. When a read
-  /// failed its error is thrown, the request is closed, and the cache stays usable.
+  /// Unpins the previous group and fills `group` with the positions in the request whose experts are resident now,
+  /// waiting for reads if none is. An empty group means that all have been given; the request is then closed. When a
+  /// read failed, its error is thrown, the request is closed, and the cache stays usable.
   void next(std::vector<int>* group);
 
   /// Closes the open request, if any: its reads that have not started are cancelled, the others waited for. Reads
   /// ahead go on.
   void close();
 
-  /// Counts uses that nothing was asked for: one token's of experts that were here, layer after layer.
+  /// Counts the uses of one token that made no request, as its experts were resident; layer after layer.
   void count(const Wish& used);
 
-  /// A resident expert's matrices at `level`, or at its last. Valid while pinned.
+  /// A resident expert's matrices at `level`, or at its last level. Valid while pinned.
   ExpertView view(int expert, int level) const { return view(expert, level, false); }
-  /// The same for the kernels of a device, where its memory holds the slots, or shares them.
+  /// The same for the kernels of a device, where the device's memory holds the slots, or shares them.
   ExpertView view_there(int expert, int level) const { return view(expert, level, true); }
-  /// One of both, `there` or not, where it is resident so, pinned or not: what lies there may change.
+  /// The view, or with `there` the device's, of an expert that is resident at `level`, pinned or not. If it is not
+  /// pinned, the bytes may change at any time.
   std::optional<ExpertView> glance(int expert, int level, bool there) const;
 
-  /// Level of each expert, 0 = absent; `max_level` once all that it has is there. Any thread may look.
+  /// Level of each expert, 0 = absent; `max_level` once all of its rungs are resident. Any thread may read it.
   const std::vector<Relaxed<int8_t>>& residency() const { return levels_; }
   int num_experts() const { return int(levels_.size()); }
 
-  /// How often each expert was read since the start, in whole or in part; how many tokens it ran; how often it was
-  /// wanted while it was not there, or not at these bits. They wrap around. Any thread may look.
+  /// Per expert since the start: how often it was read, in whole or in part; how many tokens it ran; how often it was
+  /// wanted while it was absent, or at fewer bits. The counters wrap around. Any thread may read them.
   const std::vector<Relaxed<uint32_t>>& reads() const { return reads_; }
   const std::vector<Relaxed<uint32_t>>& runs() const { return runs_; }
   const std::vector<Relaxed<uint32_t>>& lacks() const { return lacks_; }
@@ -126,51 +129,50 @@ class Cache {
   const ExpertShape& shape() const { return shape_; }
   const std::vector<uint8_t>& rungs() const { return rungs_; }
   int max_level() const { return max_level_; }
-  /// The level of a precision, as the ladder counts it for w_gate; 0 for none.
+  /// The level at which w_gate has `bits` bits; 0 if there is none.
   int8_t level_of_bits(int bits) const {
     size_t level = level_bits_.size() - 1;
     while (level > 0 && level_bits_[level] != uint32_t(bits)) --level;
     return int8_t(level);
   }
-  /// Slots that an expert has, or is being read to.
+  /// Slots that hold an expert or are being read into.
   int taken_slots() const { return int(slots_.size()) - free_.count(); }
 
-  /// The bytes of an expert's first `rungs` rungs, null unless all are resident; until the next call of anything here.
+  /// The bytes of an expert's first `rungs` rungs, null unless all are resident. Valid until the next call of a member.
   const uint8_t* record(int expert, int rungs) const;
 
-  /// Lowers an expert that is not pinned to `level`. Returns false when it is pinned.
+  /// Lowers an expert to `level`; 0 evicts it. Returns false when that needs a change and the expert is pinned.
   bool shrink(int expert, int level);
 
-  /// What has to go is from now on lowered to `level` first, and goes as a whole only when all that may go has no more
-  /// than that; 0 for evicting at once. Throws std::logic_error when a request is open.
+  /// From now on, room is made by lowering experts to `level` first. Experts are evicted only once none of those that
+  /// may go has more than that. 0 evicts at once. Throws std::logic_error when a request is open.
   void keep(int level);
 
-  /// Another policy decides from now on; it starts from the uses so far. Throws std::logic_error when a request is
-  /// open.
+  /// Replaces the policy; the new one starts from the uses so far. Throws std::logic_error when a request is open.
   void set_policy(Policy policy);
 
-  /// Changes what the slots may take from now on, at most what they were made for. What no longer fits is dropped and
-  /// its pages are given back before this returns. Throws std::logic_error when a request is open, OutOfBudget when not
-  /// even one expert fits; the budget is as before then.
+  /// Changes how many bytes the slots may take, at most the `most_bytes` that they were made for. Experts that no
+  /// longer fit are dropped, and their pages given back, before this returns. Throws std::logic_error when a request is
+  /// open, OutOfBudget when not even one expert fits; the budget then stays as it was.
   void set_budget(size_t bytes);
 
-  /// All slots, one after the other, for tests: what is touched of it is resident.
+  /// All slots, one after the other. For tests, which look at which pages of them are resident.
   const uint8_t* slots() const { return backing_->view(0); }
-  /// Whether `next` has something to give without waiting, of what was there when the request began.
+  /// Whether `next` can give a group without waiting, reads that have finished since the last call not considered.
   bool has_ready() const { return !ready_.empty(); }
   size_t slots_bytes() const { return backing_->keeps_bytes() ? slots_.size() * window_bytes_ : 0; }
 
-  /// The pages of whole experts, as {first byte, size}.
+  /// The pages of each resident expert that is not being read, as {first byte, bytes}.
   std::vector<std::pair<const uint8_t*, size_t>> resident() const;
 
-  /// Any thread may ask.
+  /// Any thread may call this.
   CacheStats stats() const;
   LoaderStats loader_stats() const { return backing_->stats(); }
 
-  /// Throws std::logic_error when the books do not agree.
+  /// Checks the bookkeeping. Throws std::logic_error when it is inconsistent.
   void check_integrity() const;
 
-  /// Bytes that an expert with all rungs takes in a slot at `level`, whole granules of the backing.
+  /// Bytes that an expert with all rungs takes in a slot at `level`, in whole granules of the backing.
   size_t slot_bytes(int level) const;
 
  private:
@@ -209,11 +211,11 @@ class Cache {
   void free_slot(int slot);
   void pin(int expert, int count);
   void want(int expert, int count);
-  /// Whether nothing needs an expert: neither the request nor a read, and it is not wanted soon.
+  /// Whether an expert may be dropped: neither the open request nor a read needs it, and it is not wanted soon.
   bool may_go(int expert) const {
     return levels_[expert] > 0 && pins_[expert] == 0 && wanted_[expert] == 0 && ahead_[expert] == 0;
   }
-  /// Whether it may go and has more than what is kept for longer.
+  /// Whether an expert may go and takes more bytes than at the level that `keep` has set.
   bool may_be_lowered(int expert) const {
     return kept_level_ > 0 && may_go(expert) && bytes_at(expert, levels_[expert]) > bytes_at(expert, kept_level_);
   }
@@ -226,9 +228,9 @@ class Cache {
   bool all_fit() const {
     return slots_.size() == num_there_ && slots_.size() * window_bytes_ <= size_t(budget_pages_) * kPage;
   }
-  /// Of the rungs that `level` asks for, how many an expert has.
+  /// How many of the rungs of `level` an expert has.
   int rungs_at(int expert, int level) const { return std::min(level, int(rungs_[size_t(expert)])); }
-  /// The level that an expert is at when `level` is asked for: the highest of those that are the same for it.
+  /// The level at which an expert is booked when `level` is asked for: the highest with the same rungs.
   int level_of(int expert, int level) const { return level < rungs_[size_t(expert)] ? level : max_level_; }
   uint32_t pages_at(int expert, int level) const { return level_pages_[size_t(rungs_at(expert, level))]; }
   size_t bytes_at(int expert, int level) const { return size_t(pages_at(expert, level)) * kPage; }
@@ -239,8 +241,8 @@ class Cache {
   int max_level_;
   size_t num_there_ = 0;  ///< experts that have rungs
   size_t window_bytes_ = 0;
-  std::vector<uint32_t> level_pages_;  ///< that an expert takes, by rungs
-  std::vector<uint32_t> level_bits_;   ///< of w_gate, likewise
+  std::vector<uint32_t> level_pages_;  ///< pages that an expert with so many rungs takes
+  std::vector<uint32_t> level_bits_;   ///< bits of w_gate, likewise
   Relaxed<uint32_t> budget_pages_;
   uint32_t most_pages_ = 0;
   Relaxed<uint32_t> committed_pages_;
@@ -256,17 +258,17 @@ class Cache {
   std::vector<int> ahead_list_;
   std::vector<int> ahead_before_;  ///< scratch of `set_ahead`
   std::vector<Slot> slots_;
-  SlotList free_;              ///< slots without an owner; the last one that was freed is taken first
+  SlotList free_;              ///< slots without an owner; the one freed last is taken first
   SlotList free_committed_;    ///< those of them that have pages
   std::vector<Use> uses_;      ///< of the open request
   std::vector<int> last_use_;  ///< of each expert, -1 = none
   std::vector<int> waiting_, ready_,
-      given_;            ///< positions in the request whose step this is, in order but for `ready_`
-  int num_loading_ = 0;  ///< likewise
+      given_;            ///< positions in the request at this step, in order except for `ready_`
+  int num_loading_ = 0;  ///< uses of the open request that are being read
   bool is_open_ = false;
   Policy policy_;
-  Victims victims_;    ///< all that may go
-  Victims lowerable_;  ///< those of them that may be lowered
+  Victims victims_;    ///< experts for which `may_go`
+  Victims lowerable_;  ///< those of them for which `may_be_lowered`
   int kept_level_ = 0;
   CacheStats stats_;
   std::vector<Arrival> arrived_;  ///< scratch of `collect`

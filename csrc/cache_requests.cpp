@@ -47,7 +47,7 @@ Cache::Load Cache::try_load(int position) {
     num_loading_ += 1;
     return Load::kStarted;
   }
-  if (levels_[e] >= use->level) {  // came with an earlier use
+  if (levels_[e] >= use->level) {  // read for an earlier use
     use->step = Step::kReady;
     ready_.push_back(position);
     pin(e, 1);
@@ -56,10 +56,10 @@ Cache::Load Cache::try_load(int position) {
   const uint32_t need = pages_at(e, use->level);
   bool has_room = find_room(e, need, true, &slot);
   if (!has_room && !ahead_list_.empty()) {
-    set_ahead({nullptr, nullptr, 0});  // gives up what is wanted soon, as far as it has not begun
+    set_ahead({nullptr, nullptr, 0});  // gives up what is wanted soon, except for reads that have begun
     has_room = find_room(e, need, true, &slot);
   }
-  // Experts that this request still wants are dropped only when nothing else can be and nothing is under way.
+  // Experts that this request still wants are dropped only when nothing else can be and no read is pending.
   if (!has_room && given_.empty() && backing_->num_pending() == 0 && ready_.empty()) {
     has_room = find_room(e, need, false, &slot);
   }
@@ -70,7 +70,7 @@ Cache::Load Cache::try_load(int position) {
   return Load::kStarted;
 }
 
-/// Starts what waits, in order, until there is no room. Returns whether there was for all.
+/// Starts the waiting uses, in order, until there is no room. Returns whether there was room for all.
 bool Cache::load_waiting() {
   size_t kept = 0, i = 0;
   bool has_room = true;
@@ -99,7 +99,7 @@ void Cache::set_ahead(const Wish& ahead) {
   for (int e : ahead_before_) ahead_[e] = 0;
   for (int i = 0; i < ahead.count; ++i) {
     const int e = ahead.experts[i];
-    if (rungs_[size_t(e)] == 0) continue;  // a guess may be of a place without an expert
+    if (rungs_[size_t(e)] == 0) continue;  // a prediction may name a place without an expert
     if (ahead_[e] == 0) ahead_list_.push_back(e);
     ahead_[e] = std::max(ahead_[e], int8_t(level_of(e, ahead.levels[i])));
   }
@@ -114,7 +114,7 @@ void Cache::set_ahead(const Wish& ahead) {
   }
 }
 
-/// Starts reads ahead in their order, as long as there is room that nothing wanted takes.
+/// Starts reads ahead in order, as long as there is room without dropping anything wanted.
 void Cache::load_ahead() {
   for (int e : ahead_list_) {
     if (levels_[e] >= ahead_[e] || (slot_of_[e] >= 0 && slots_[slot_of_[e]].target > 0)) continue;
@@ -141,7 +141,7 @@ void Cache::begin(const Wish& now, const int32_t* offsets, int num_tokens, const
     throw std::invalid_argument(
         "Cache: offsets do not ascend from 0, or an expert is asked for twice, and not at more bits");
   if (!are_there) throw std::invalid_argument("Cache: an expert is asked for at a place that has none");
-  std::exception_ptr ignored;  // of reads ahead; who wants the expert reads it again
+  std::exception_ptr ignored;  // of reads ahead; a use that wants the expert reads it again
   collect(false, &ignored);
   is_open_ = true;
   if (now.count > 0) policy_.advance(now.experts[0] / shape_.num_experts, num_tokens);
@@ -167,7 +167,7 @@ void Cache::begin(const Wish& now, const int32_t* offsets, int num_tokens, const
   if (load_waiting()) load_ahead();
 }
 
-/// A use found an expert there, which may have left since.
+/// Counts a use that found its expert resident; the expert may have been dropped since.
 void Cache::hit(int e) {
   stats_.hits += 1;
   if (slot_of_[e] < 0) return;
@@ -190,8 +190,8 @@ void Cache::count(const Wish& used) {
   }
 }
 
-/// A fetch ended, failed for the reason `why`, or was taken back; the first reason that concerns the request goes to
-/// `error`.
+/// Books the end of a fetch: it is done (`ok`), failed with the error `why`, or was cancelled. The first error that
+/// concerns the request goes to `error`.
 void Cache::finish(int slot, bool ok, const std::exception_ptr& why, std::exception_ptr* error) {
   Slot& s = slots_[slot];
   const int e = s.owner, level = s.target;
@@ -246,7 +246,7 @@ void Cache::next(std::vector<int>* group) {
       close();
       std::rethrow_exception(error);
     }
-    // An expert that was evicted for this request's sake, an upgrade, or a read that waited for room.
+    // What may start now: an expert that this request evicted, an upgrade, or a read that waited for room.
     load_waiting();
     if (waiting_.empty()) load_ahead();
     if (!ready_.empty()) {

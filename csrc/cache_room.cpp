@@ -23,11 +23,11 @@ void Cache::set_budget(size_t bytes) {
   require(!is_open_, "a request is open");
   check_budget(bytes);
   budget_pages_ = std::min(pages_in(bytes), most_pages_);
-  // A huge page is resident beside what was read into it. So there are none but where all fit from the start.
+  // A huge page is resident as a whole, however little was read into it. So they are used only where all experts fit.
   if (!all_fit()) backing_->expect_all(false);
   if (make_room(0, -1, true)) return;
   set_ahead({nullptr, nullptr, 0});
-  std::exception_ptr ignored;  // of reads ahead, whose slots nobody else can have while they are read
+  std::exception_ptr ignored;  // of reads ahead, whose slots cannot be freed before they end
   while (backing_->num_pending() > 0) collect(true, &ignored);
   make_room(0, -1, true);
 }
@@ -48,7 +48,7 @@ void Cache::keep(int level) {
   for (int e = 0; e < num_experts(); ++e) note(e);
 }
 
-/// What `may_go` says of an expert may have changed, or its level.
+/// Updates the sets of victims after an expert's level, or what `may_go` says of it, may have changed.
 void Cache::note(int e) {
   if (may_be_lowered(e)) {
     lowerable_.add(e, slot_of_[e], policy_);
@@ -72,8 +72,8 @@ void Cache::want(int e, int count) {
   note(e);
 }
 
-/// The expert to drop first: the lowest score, of equals that in the lowest slot; -1 for none. What the request still
-/// wants is not dropped if it is to be spared, what is wanted soon never is.
+/// The expert to drop first: that with the lowest score and, among equals, in the lowest slot; -1 for none. With
+/// `spare_wanted` it is not one that the request still wants. It is never one that is wanted soon.
 int Cache::find_victim(bool spare_wanted) {
   int victim = victims_.lowest(policy_);
   if (spare_wanted) return victim;
@@ -114,7 +114,7 @@ void Cache::trim(int slot, uint32_t keep) {
   if (keep == 0 && free_committed_.has(slot)) free_committed_.remove(slot);
 }
 
-/// Lowers the one with the lowest score of those that may be; says whether there was one.
+/// Lowers the expert with the lowest score among those that may be lowered. Returns whether there was one.
 bool Cache::lower_one() {
   const int victim = kept_level_ > 0 ? lowerable_.lowest(policy_) : -1;
   return victim >= 0 && shrink(victim, kept_level_);
@@ -137,13 +137,13 @@ bool Cache::make_room(uint32_t pages, int keep_slot, bool spare_wanted) {
   return true;
 }
 
-/// Finds or frees a slot with `need` pages for an expert, which is wanted now or soon. Returns false when there is none
-/// to be had.
+/// Finds or frees a slot with `need` pages for an expert, which is wanted now or soon. Returns false when there is
+/// none.
 bool Cache::find_room(int e, uint32_t need, bool spare_wanted, int* slot) {
   pins_[e] += 1;  // an upgrade must not evict its own lower rungs
   int candidate = slot_of_[e];
   if (candidate < 0) {
-    // A slot that has its pages is better than an empty one: nothing is faulted in again.
+    // A slot that still has pages is better than an empty one: they need not be faulted in again.
     const int last = free_.last();
     const bool usable = last >= 0 && (slots_[last].pages > 0 || committed_pages_ + need <= budget_pages_);
     const int victim = usable || (last >= 0 && kept_level_ > 0) ? -1 : find_victim(spare_wanted);

@@ -30,7 +30,7 @@ const Tables& tables() {
   return t;
 }
 
-/// Eight bytes a step by table (Kounavis and Berry's slicing).
+/// Eight bytes per step by table: slicing-by-8 (Kounavis and Berry).
 uint32_t update_by_table(const uint8_t* p, size_t n, uint32_t crc) {
   const Tables& t = tables();
   for (; n >= 8; n -= 8, p += 8) {
@@ -45,7 +45,8 @@ uint32_t update_by_table(const uint8_t* p, size_t n, uint32_t crc) {
   return crc;
 }
 
-/// What kCrcPart zero bytes make of a sum, by its bytes: the sum is linear, so that this shifts one over the next part.
+/// For each byte of a CRC, what it becomes after kCrcPart zero bytes. A CRC is linear, so that these tables move the
+/// CRC of one part past the next.
 const uint32_t* zeros() {
   static const auto t = [] {
     std::array<uint32_t, 4 * 256> shift{};
@@ -61,7 +62,7 @@ const uint32_t* zeros() {
   return t.data();
 }
 
-/// Compiled for the lowest CPU, as kernels/dispatch.cpp is.
+/// Compiled for the baseline CPU, as kernels/dispatch.cpp is.
 bool has_instruction() {
 #if defined(__x86_64__)
   return Processor().sse42;

@@ -10,16 +10,17 @@ namespace edgemoe {
 /// Thread-safe.
 uint32_t crc32c(const uint8_t* bytes, size_t length, uint32_t crc = 0);
 
-/// The same by tables: what CPUs without the instruction take.
+/// The same by lookup tables, for CPUs without the instruction.
 uint32_t crc32c_by_table(const uint8_t* bytes, size_t length, uint32_t crc = 0);
 
 /// Whether this CPU has the instruction.
 bool crc32c_has_instruction();
 
-constexpr size_t kCrcPart = 4096;  ///< bytes of each of three parts that are summed at a time
+constexpr size_t kCrcPart = 4096;  ///< bytes in each of the three parts that are computed side by side
 
-/// The inner loop, in crc32c_instruction.cpp: `crc` as the instruction has it; `zeros` [4, 256] is what kCrcPart zero
-/// bytes make of each byte of a sum.
+/// The inner loop, in crc32c_instruction.cpp. `crc` and the result are the raw register, without the inversions before
+/// and after. `zeros` [4, 256]: for each byte of a CRC, by position and value, what it becomes after kCrcPart zero
+/// bytes.
 uint32_t update_by_instruction(const uint8_t* bytes, size_t length, uint32_t crc, const uint32_t* zeros);
 
 }  // namespace edgemoe

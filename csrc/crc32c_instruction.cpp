@@ -1,4 +1,4 @@
-// CRC-32C by the CPU's instruction. Compiled with flags of its own, like the kernels, and chosen at run time; so it
+// CRC-32C by the CPU's instruction. Compiled with its own flags, like the kernels, and chosen at run time; so it
 // includes nothing of the standard library.
 #include "crc32c.h"
 
@@ -25,14 +25,14 @@ inline uint64_t word_at(const uint8_t* p) {
   return word;
 }
 
-/// A sum, moved over a part.
+/// Moves a CRC past one part, as if kCrcPart zero bytes followed.
 inline uint32_t shifted(uint32_t crc, const uint32_t* zeros) {
   return zeros[crc & 255] ^ zeros[256 + (crc >> 8 & 255)] ^ zeros[512 + (crc >> 16 & 255)] ^ zeros[768 + (crc >> 24)];
 }
 
 }  // namespace
 
-// Three parts at a time: the instruction takes three cycles and one can begin in each.
+// Three parts at a time: the instruction has a latency of three cycles, and one can begin in each cycle.
 uint32_t update_by_instruction(const uint8_t* p, size_t n, uint32_t crc, const uint32_t* zeros) {
   for (; n >= 3 * kCrcPart; n -= 3 * kCrcPart, p += 3 * kCrcPart) {
     uint32_t a = crc, b = 0, c = 0;

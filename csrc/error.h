@@ -17,17 +17,17 @@ struct OutOfBudget : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-/// The disk failed, or the file ended, while weights were read. The message has path and offset.
+/// The disk failed, or the file ended, while weights were read. The message gives the path and the offset.
 struct ReadError : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-/// A number of the model does not fit where it must be kept.
+/// A value that the model computed does not fit the type in which it must be stored.
 struct RangeError : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-/// A device failed, or cannot be had. The message names the call.
+/// A device failed or is not available. The message names the call that failed.
 struct DeviceError : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
@@ -39,6 +39,6 @@ inline void expect_within(const char* name, int64_t value, int64_t low, int64_t 
                               ", got " + std::to_string(value));
 }
 
-constexpr int64_t kMaxSize = int64_t(1) << 24;  ///< of a dimension of a model; keeps every product inside 64 bits
+constexpr int64_t kMaxSize = int64_t(1) << 24;  ///< largest dimension of a model; keeps products inside 64 bits
 
 }  // namespace edgemoe

@@ -9,7 +9,7 @@
 namespace edgemoe {
 namespace {
 
-/// Some rows of one use, small enough for scratch.
+/// Some rows of one use, few enough for the scratch memory.
 struct Piece {
   const FfnUse* use;
   int first;  ///< row of the use
@@ -17,9 +17,9 @@ struct Piece {
   int row;  ///< row of scratch
 };
 
-constexpr int kFewRows = 16;  ///< whose hidden values take less time than a loop over threads for them
+constexpr int kFewRows = 16;  ///< up to here, hidden values take less time than a loop over threads for them would
 
-/// Items of a loop over so many that a thread takes at a time: at least `least` of them.
+/// Items that a thread takes at a time in a loop over `total` of them; at least `least`.
 int grain_of(const Workspace& ws, int total, int least) { return std::max(least, total / (ws.pool.size() * 32)); }
 
 /// Calls body(piece, begin, end) for every piece's `per_piece(piece)` items, split over the threads.
@@ -38,7 +38,7 @@ void over_pieces(Workspace& ws, const std::vector<Piece>& pieces, Count per_piec
   });
 }
 
-/// What the corrections of a batch's matrices need of its rows.
+/// The inputs of the corrections of a batch's matrices, for each of its rows.
 class Corrections {
  public:
   Corrections(Workspace& ws, const float* x, const std::vector<int32_t>& rows, const std::vector<Piece>& pieces) {
@@ -50,12 +50,12 @@ class Corrections {
     up_ = room(1, &ExpertView::up);
     down_ = room(2, &ExpertView::down);
     if (!gate_ && !up_) return;
-    for (const Piece& p : pieces) {  // they lie wherever their experts do
+    for (const Piece& p : pieces) {  // corrections lie scattered, with their experts
       for (const NestedMatrix* w : {&p.use->w.gate, &p.use->w.up, &p.use->w.down}) {
         if (rank_of(*w)) __builtin_prefetch(correction_of(*w));
       }
     }
-    // Of few rows this takes less time than a loop over threads.
+    // For few rows this takes less time than a loop over threads.
     over_pieces(
         ws, pieces, [](const Piece& p) { return p.count; }, 16,
         [&](const Piece& p, int begin, int end) {
@@ -75,7 +75,8 @@ class Corrections {
   const RankRow* up(const Piece& p) const { return up_ ? up_ + p.row : nullptr; }
   const RankRow* down(const Piece& p) const { return down_ ? down_ + p.row : nullptr; }
 
-  /// Takes a row of hidden values; may be called by several threads for different rows.
+  /// Computes the input of the down matrix's correction from a row of hidden values. Several threads may call this, for
+  /// different rows.
   void take_hidden(const Piece& p, int row, const float* hidden) const {
     const NestedMatrix& down = p.use->w.down;
     if (rank_of(down)) quantize_ranks(down, Projection().of(down, hidden), down_ + row);
@@ -85,7 +86,7 @@ class Corrections {
   RankRow *gate_, *up_, *down_;
 };
 
-/// Lets threads that wait for the last gates and ups read what comes then.
+/// Lets threads that wait for the last gates and ups prefetch the down matrices, which come next.
 void expect_downs(Workspace& ws, const std::vector<Piece>& pieces) {
   static thread_local std::vector<const NestedMatrix*> downs;
   downs.clear();
@@ -116,8 +117,8 @@ void run_batch(Workspace& ws, const float* x, int T, Activation activation, cons
   }
   const QuantizedRows q = ws.quantize(x, rows.data(), shared ? 1 : total, cols);
   const Corrections corrections(ws, x, rows, pieces);
-  // Of few rows the thread that computes the last of an expert's gates and ups goes on with the hidden values, while
-  // others read the next expert.
+  // With few rows, the thread that finishes an expert's gates and ups goes on with its hidden values, while the others
+  // read the next expert.
   const bool few = total <= kFewRows;
   std::vector<std::atomic<int>> left(few ? pieces.size() : 0);
   for (auto& l : left) l.store(gate_blocks + up_blocks, std::memory_order_relaxed);

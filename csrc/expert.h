@@ -1,4 +1,4 @@
-// FFNs: a group of routed experts, each at its own bits, or one that every token takes.
+// FFNs: a group of routed experts, each at its own bits, or one FFN that every token goes through.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,7 @@
 
 namespace edgemoe {
 
-/// What is added to the products of an FFN's three matrices; null for nothing.
+/// The biases of an FFN's three matrices; null for none.
 struct FfnBiases {
   const float* gate = nullptr;  ///< [H]
   const float* up = nullptr;    ///< [H]
@@ -18,22 +18,22 @@ struct FfnBiases {
 
 /// One FFN on some rows of x.
 struct FfnUse {
-  ExpertView w;           ///< without a gate, a matrix of no rows, where the activation needs none
+  ExpertView w;           ///< where the activation needs no gate, w.gate has no rows
   const int32_t* tokens;  ///< rows of x; null for 0 .. count - 1
   int count;
   float* out;               ///< [count, D]
-  float* hidden = nullptr;  ///< [count, H]: if given, gets what w_down is applied to
+  float* hidden = nullptr;  ///< [count, H]: if given, receives the values that w_down is applied to
   FfnBiases biases{};
-  const float* z = nullptr;  ///< [T, kMaxRank]: V x, where gate and up have corrections and no V of their own
+  const float* z = nullptr;  ///< [T, kMaxRank]: V x, where gate and up have corrections but no V of their own
 };
 
 /// out = down(activation(gate x, up x)) for each use, with its biases; x is [T, D]. A row's result does not depend on
-/// the other rows. Those of one width that follow each other run together.
+/// the other rows. Consecutive uses with the same H run together.
 void run_ffns(Workspace& ws, const float* x, int T, Activation activation, const std::vector<FfnUse>& uses);
 
-/// A token's experts were chosen, numbers `first + experts[i]` of the cache, best first: lets threads that wait read
-/// the first of what they will compute with if all of them run, and after them an FFN of `beside` hidden values, 0 for
-/// none. A hint, no more.
+/// Says which experts a token will run: numbers `first + experts[i]` of the cache, best first. Waiting threads then
+/// prefetch the start of their shares, as they are if all of these experts run together, and with them an FFN of
+/// `beside` hidden values, 0 for none. Only a hint.
 void expect_experts(Workspace& ws, const Cache& cache, int first, const int32_t* experts, int n, int beside);
 
 /// out[t] = sum over k of gates[t, k] * parts[rows[t, k]], in the order of k; rows below 0 are skipped.

@@ -26,7 +26,7 @@ File::File(std::string path) : path_(std::move(path)) {
   posix_fadvise(buffered_, 0, 0, POSIX_FADV_RANDOM);
   direct_ = open(path_.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_DIRECT);
   if (direct_ >= 0) {
-    // Some file systems accept the flag and refuse the read; and the name may have got another file meanwhile.
+    // Some file systems accept O_DIRECT and refuse the read; and the path may name another file by now.
     Memory probe(kPage);
     struct stat t;
     if (fstat(direct_, &t) != 0 || t.st_dev != s.st_dev || t.st_ino != s.st_ino || size_ < kPage ||
@@ -47,7 +47,7 @@ void File::read_pages(uint64_t offset, size_t length, uint8_t* to) const {
   size_t done = 0;
   bool is_direct = direct_ >= 0;
   while (done < wanted) {
-    // A direct read must start on a block: the rest of a short one, and what it refuses, goes through the page cache.
+    // A direct read must start on a page: the rest of a short read, and one that is refused, go through the page cache.
     is_direct = is_direct && done % kPage == 0;
     const ssize_t n = is_direct ? pread(direct_, to + done, length - done, off_t(offset + done))
                                 : pread(buffered_, to + done, wanted - done, off_t(offset + done));

@@ -7,7 +7,7 @@
 
 namespace edgemoe {
 
-/// Owns the descriptors of one file, opened for reading. Thread-safe.
+/// One file, opened for reading; owns its descriptors. Thread-safe.
 class File {
  public:
   /// Throws ReadError when the file cannot be opened.
@@ -16,16 +16,16 @@ class File {
   File& operator=(const File&) = delete;
   virtual ~File();
 
-  /// Reads exactly `length` bytes at `offset`. All three arguments must be multiples of kPage; the last page of the
-  /// file may be short, the rest of it is left as it is. Throws ReadError with path and offset. Virtual so
-  /// that a test can hold reads back.
+  /// Reads exactly `length` bytes at `offset`. All three arguments must be multiples of kPage. The last page of the
+  /// file may be short; the rest of that page in `to` is left as it is. Throws ReadError with path and offset. Virtual
+  /// so that a test can hold reads back.
   virtual void read_pages(uint64_t offset, size_t length, uint8_t* to) const;
 
-  /// The buffered descriptor; stays ours.
+  /// The buffered descriptor; it remains owned by this object.
   int fileno() const { return buffered_; }
   const std::string& path() const { return path_; }
   uint64_t size() const { return size_; }
-  /// Reads bypass the page cache.
+  /// Whether reads bypass the page cache.
   bool is_direct() const { return direct_ >= 0; }
 
  private:

@@ -5,7 +5,7 @@
 namespace edgemoe {
 namespace {
 
-/// Keeps the highest `most` of the values that it is told of in order, of equals the first.
+/// The positions of the highest `most` of the values that were offered, in order; among equals the first.
 class Highest {
  public:
   Highest(const float* values, int32_t* out, int most) : values_(values), out_(out), most_(most) {}
@@ -24,10 +24,10 @@ class Highest {
   int most_, count_ = 0;
 };
 
-/// out [n] += the sum over rows of `table` of what share of their uses it is; in the order of `which`.
+/// out [n] += the sum of the rows `which` [k] of `table` [., n], each divided by its `uses`; added in this order.
 void add_shares(const float* table, const float* uses, int n, const int32_t* which, int k, float* out) {
   constexpr int kPiece = 64;     // sums that stay in registers
-  for (int i = 0; i < k; ++i) {  // the rows lie apart, and no processor looks at so many ahead
+  for (int i = 0; i < k; ++i) {  // the rows lie apart: more than a hardware prefetcher follows
     for (int e = 0; e < n; e += 16) __builtin_prefetch(table + int64_t(which[i]) * n + e);
   }
   for (int first = 0; first < n; first += kPiece) {
@@ -136,7 +136,7 @@ void PrecisionRule::choose(const float* gates, int k, const int32_t* experts, in
 int likeliest(const float* scores, const int8_t* has, const int8_t* wanted, int n, int32_t* out, int most) {
   if (most == 0) return 0;
   Highest best(scores, out, most);
-  float above = 0;  // what a score must be: asked first, as few are
+  float above = 0;  // what a score must exceed; compared first, as few do
   for (int e = 0; e < n; ++e) {
     if (!(scores[e] > above) || has[e] >= wanted[e]) continue;
     best.take(e);

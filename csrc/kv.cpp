@@ -8,7 +8,7 @@
 namespace edgemoe {
 namespace {
 
-constexpr const char* kNames[] = {"f16", "f32", "q8_0", "q4_0", "q3_0", "q2_0"};  // as KvType counts
+constexpr const char* kNames[] = {"f16", "f32", "q8_0", "q4_0", "q3_0", "q2_0"};  // in the order of KvType
 
 void take(Kv* kv, bool resident) {
   kv->memory = Memory(kv->bytes);

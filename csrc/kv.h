@@ -1,4 +1,4 @@
-// Keys and values of one layer of one sequence, as a core type.
+// The KV cache: keys and values of one layer of one sequence.
 #pragma once
 
 #include <algorithm>
@@ -11,24 +11,25 @@
 
 namespace edgemoe {
 
-constexpr int kMaxHeads = 1 << 12, kMaxHeadDim = 1 << 12;  ///< together they stay below 2^24, as all that is a row
+constexpr int kMaxHeads = 1 << 12, kMaxHeadDim = 1 << 12;  ///< their product stays within 2^24, like every row
 constexpr int kMaxContext = 1 << 30;
-constexpr size_t kHugeKvBytes = size_t(4) << 20;  ///< a layer of this size has huge pages, all resident from the start
+constexpr size_t kHugeKvBytes = size_t(4) << 20;  ///< from here on a layer has huge pages, resident from the start
 
-/// A position lies in a layer where its remainder by the capacity says. So a layer whose window is smaller than the
-/// context may have a capacity of whole blocks, a ring: what the window has left behind is written over.
+/// Returns the capacity of a ring for a window and passes of at most `tokens` tokens.
 ///
-/// The capacity of a ring for a window and passes of at most `tokens`.
+/// A layer keeps position p at p % capacity. So a layer whose window is smaller than the context may be a ring, with a
+/// capacity of whole blocks: positions that the window has left behind are overwritten.
 int ring_capacity(int window, int tokens);
 
-/// Throws std::invalid_argument unless T positions from `pos` fit a layer: its capacity, or, where it is a ring, what
-/// the first of them sees and all of them at once.
+/// Throws std::invalid_argument unless T positions from `pos` fit a layer: they lie below its capacity or, in a ring,
+/// the T positions and all that the first of them sees fit at once.
 void check_positions(const KvLayer& kv, int window, int pos, int T, int max_context);
 
-/// Throws std::invalid_argument unless positions [begin, end) can be copied between two layers of as many heads.
+/// Throws std::invalid_argument unless positions [begin, end) can be copied between two layers, which must have the
+/// same number of heads.
 void check_copy(const KvLayer& from, const KvLayer& to, int begin, int end);
 
-/// Copies positions [begin, end), by whole tiles, with `copy(to, from, bytes)`.
+/// Copies positions [begin, end), in whole tiles, by calls of `copy(to, from, bytes)`.
 template <class Copy>
 void copy_positions(const KvLayer& from, const KvLayer& to, int num_heads, int begin, int end, Copy copy) {
   for (const bool is_key : {true, false}) {
@@ -64,13 +65,13 @@ const char* kv_name(KvType type);
 /// every size is one that a model may have.
 size_t kv_bytes(KvType type, int num_heads, int capacity, int head_dim);
 
-/// `resident`: all of it from the start, also where it is small. Throws std::invalid_argument like `kv_bytes`, and
-/// OutOfBudget.
+/// Makes an empty layer. With `resident`, all of it is resident from the start, even where it is small. Throws
+/// std::invalid_argument like `kv_bytes`, and OutOfBudget.
 std::unique_ptr<Kv> make_kv(KvType key_type, KvType value_type, int num_heads, int capacity, int head_dim,
                             bool resident);
 
-/// Keys of one head, whose leading `value_dim` columns are the values too. Throws likewise, and unless these are a
-/// multiple of 16.
+/// Makes a layer of latents: keys of one head whose leading `value_dim` columns are the values too. Throws likewise,
+/// and unless `value_dim` is a multiple of 16 and at most `head_dim`.
 std::unique_ptr<Kv> make_latents(KvType type, int capacity, int head_dim, int value_dim);
 
 }  // namespace edgemoe

@@ -14,52 +14,52 @@
 
 namespace edgemoe {
 
-/// A rung whose sum is checked after the read.
+/// A rung whose checksum is verified after the read.
 struct Checked {
   const uint8_t* bytes;
   size_t length;
   uint32_t crc;
-  int layer, expert, rung;  ///< names it in an error
+  int layer, expert, rung;  ///< identify it in an error
 };
 
-/// One read and what became of it. Owned by who asked; must outlive the read.
+/// One read and its result. Owned by the caller; must outlive the read.
 struct ReadJob {
   uint64_t offset = 0;
   size_t length = 0;
   uint8_t* to = nullptr;
   std::vector<Checked> checks;
-  int tag = 0;            ///< the asker's own
-  bool is_ahead = false;  ///< begins only when no other read waits
+  int tag = 0;            ///< for the caller's own use
+  bool is_ahead = false;  ///< a read ahead of need: begins only when no other read waits
   std::exception_ptr error;
-  const File* file = nullptr;  ///< null for the loader's; outlives the read
+  const File* file = nullptr;  ///< null for the loader's own; must outlive the read
 };
 
 struct LoaderStats {
   uint64_t bytes = 0;
   uint64_t reads = 0;
-  double busy_s = 0;  ///< time with at least one read under way
+  double busy_s = 0;  ///< time with at least one read in flight
 };
 
-/// Reads jobs of one file, or of those that jobs name, several at a time: in the order of their submission, and those
-/// ahead after the others. Thread-safe.
+/// Threads that run read jobs on one file, or on the file that a job names, several at a time. Jobs begin in the order
+/// of their submission, reads ahead after all others. Thread-safe.
 class Loader {
  public:
-  /// All threads but one may be busy with reads ahead.
+  /// At most `num_threads` - 1 threads, but at least one, are busy with reads ahead; so one remains for urgent reads.
   Loader(std::shared_ptr<const File> file, int num_threads);
   Loader(const Loader&) = delete;
   Loader& operator=(const Loader&) = delete;
   ~Loader();
 
-  /// A job of no bytes is only verified.
+  /// Queues a job. A job of length 0 is only verified.
   void submit(ReadJob* job);
 
-  /// Takes a job back unless it has begun; such a job is not collected. Returns whether it did.
+  /// Cancels a job unless it has begun; a cancelled job is not collected. Returns whether it was cancelled.
   bool cancel(ReadJob* job);
 
-  /// A job that is ahead is wanted now.
+  /// Moves a read ahead to the urgent reads, unless it has begun.
   void promote(ReadJob* job);
 
-  /// Moves finished jobs to `done`; waits for one if `wait` and any is under way.
+  /// Appends finished jobs to `done`; with `wait`, waits for one if any is pending.
   void collect(bool wait, std::vector<ReadJob*>* done);
 
   /// Jobs submitted and not yet collected.
@@ -85,7 +85,7 @@ class Loader {
   double active_since_ = 0;
   LoaderStats stats_;
   bool stop_ = false;
-  std::vector<std::thread> threads_;  // last: joins before everything it uses goes
+  std::vector<std::thread> threads_;  // last: joins before everything it uses is destroyed
 };
 
 }  // namespace edgemoe

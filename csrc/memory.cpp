@@ -26,7 +26,7 @@ Memory::Memory(size_t bytes) : size_(round_up(bytes ? bytes : 1, system_page()))
   bytes_ = static_cast<uint8_t*>(p);
   // A child has no use for weights, and copy-on-write would double them.
   madvise(bytes_, size_, MADV_DONTFORK);
-  prefer_huge_pages(false);  // one would take room that the budget does not know of
+  prefer_huge_pages(false);  // a huge page would take memory that the budget does not count
 }
 
 Memory::Memory(Memory&& other) noexcept

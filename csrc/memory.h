@@ -12,12 +12,12 @@ namespace edgemoe {
 
 constexpr size_t kPage = 4096;  ///< unit of direct reads and of records
 
-/// Unit of what the system gives and takes back: its page, at least kPage.
+/// Bytes of the unit in which the system gives and takes back memory: its page size, at least kPage.
 size_t system_page();
 
 inline size_t round_up(size_t n, size_t unit) { return (n + unit - 1) / unit * unit; }
 
-/// Owns a range of zeroed address space; pages take room when they are first touched. Move-only.
+/// A range of zeroed address space that we own; a page takes memory only once it is touched. Move-only.
 class Memory {
  public:
   Memory() = default;
@@ -30,13 +30,13 @@ class Memory {
   uint8_t* bytes() const { return bytes_; }
   size_t size() const { return size_; }
 
-  /// Gives the pages wholly inside [begin, begin + length) back; they read as zeros afterwards.
+  /// Gives back the pages that lie wholly inside [begin, begin + length); they read as zeros afterwards.
   void release(size_t begin, size_t length);
 
-  /// Makes all of it resident, so that nobody need count what is touched when.
+  /// Makes the whole range resident, so that nobody has to track which pages have been touched.
   void touch();
 
-  /// Asks for huge pages, or for none as at first; only for a range that will be touched as a whole.
+  /// Asks for huge pages, or for none, which is the initial state. Only for a range that will be touched as a whole.
   void prefer_huge_pages(bool yes = true);
 
  private:

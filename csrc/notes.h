@@ -1,4 +1,4 @@
-// Work that was told once and is repeated: what stands between two choices of its caller, who is not asked meanwhile.
+// Work that is recorded once and then repeated without asking the caller: all that runs between two of its decisions.
 #pragma once
 
 #include <cstddef>
@@ -10,13 +10,13 @@
 
 namespace edgemoe {
 
-/// Keeps pieces of work, each some steps. One caller at a time.
+/// Recorded pieces of work, each a list of steps. One caller at a time.
 ///
-/// A step has the addresses and sizes of when it was told, which whoever tells it keeps in place. What is another each
-/// time is what lies there, and the token's position.
+/// A step holds addresses and sizes as they were when it was recorded; whoever records it keeps them valid. Only the
+/// values at these addresses and the token's position differ from one repetition to the next.
 class Notes {
  public:
-  int pos = 0;  ///< of the token with which work is repeated
+  int pos = 0;  ///< position of the token for which work is repeated
 
   bool is_open() const { return is_open_; }
 
@@ -29,7 +29,7 @@ class Notes {
 
   void add(std::function<void()> step) { steps_.push_back(std::move(step)); }
 
-  /// Returns the number of what was added.
+  /// Ends the recording. Returns the number by which it is repeated.
   int end() {
     is_open_ = false;
     steps_.shrink_to_fit();
@@ -52,7 +52,7 @@ class Notes {
     kept_.erase(found);
   }
 
-  /// Steps in all, some hundred bytes each.
+  /// Steps of all recordings, some hundred bytes each.
   size_t size() const { return size_; }
 
  private:

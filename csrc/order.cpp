@@ -5,7 +5,7 @@
 namespace edgemoe {
 namespace {
 
-constexpr size_t kMostBytes = size_t(256) << 10;  // of a thread: part of any core's own cache
+constexpr size_t kMostBytes = size_t(256) << 10;  // per thread: a part of any core's own cache
 
 int row_blocks(const NestedMatrix& w) { return blocks(w.rows, kTileRows); }
 

@@ -1,4 +1,4 @@
-// Which product follows which, so that threads which wait read what they will need.
+// Which product follows which, so that waiting threads can prefetch what they will need.
 #pragma once
 
 #include <unordered_map>
@@ -9,23 +9,23 @@
 
 namespace edgemoe {
 
-/// What a thread reads first of matrices that lie one below the other, when its share begins at a row block of them
-/// all.
+/// What a thread reads first when its share begins at row block `block` of matrices that are stacked one below the
+/// other.
 Ahead ahead_of(const std::vector<const NestedMatrix*>& matrices, int block);
 
-/// The same of a float32 matrix [rows, cols], from a row on.
+/// The same for a float32 matrix [rows, cols], from row `row` on.
 Ahead ahead_of(const float* matrix, int rows, int cols, int row);
 
-/// Learns the order of a token's products from the token before. Weights that are gone by now do no harm: nothing but
-/// a hint is made of them.
+/// The order of a token's products, learned from the token before. Weights that have been freed since do no harm: their
+/// addresses only become prefetch hints.
 class ProductOrder {
  public:
-  static constexpr int kFewRows = 8;  ///< with more, computing takes longer than reading
+  static constexpr int kFewRows = 8;  ///< with more rows, computing takes longer than reading
 
   explicit ProductOrder(ThreadPool& pool) : pool_(pool) {}
 
-  /// A product of n rows begins, whose weights lie at `key`. make(i) says what thread i reads of them first. What
-  /// followed the last time is expected from now on.
+  /// Says that a product of n rows begins, whose weights lie at `key`. make(i) returns what thread i reads of them
+  /// first. From now on, threads expect the product that followed this one the last time.
   template <class Make>
   void begin(const void* key, int n, Make make) {
     if (n > kFewRows) {
@@ -41,7 +41,8 @@ class ProductOrder {
     if (!last_->by_choice) tell(*last_);
   }
 
-  /// What follows now is chosen anew for each token; what comes after that is expected when `tell_next` is called.
+  /// Says that what follows now is chosen anew for each token, as experts are. What comes after it is expected only
+  /// once `tell_next` is called.
   void choose() {
     if (last_) last_->by_choice = true;
   }
@@ -49,7 +50,7 @@ class ProductOrder {
     if (last_) tell(*last_);
   }
 
-  /// Each thread's share of row blocks of the matrices, which are not part of the order.
+  /// Makes each thread expect its share of the row blocks of these matrices, which are not part of the order.
   void tell(const std::vector<const NestedMatrix*>& matrices, int grain);
 
  private:

@@ -11,7 +11,7 @@ namespace {
 
 constexpr double kLargest = 1e200;
 
-/// What is left of a use after some tokens; 0 after very many, never infinite.
+/// The share of a use that is left after some tokens; 0 after very many, never infinite.
 double decay(int num_tokens) { return std::exp2(-num_tokens / Policy::kHalfLife); }
 
 }  // namespace
@@ -33,7 +33,8 @@ Policy::Policy(GivenScores given, int num_layers, int num_experts)
 void Policy::advance(int layer, int num_tokens) {
   step_ += 1;
   if (layer <= layer_) {
-    // Uses from now on weigh more, so that nothing else need be touched; where that ends, the old ones weigh less.
+    // Later uses weigh more, so that earlier ones need not be touched. Only when the weight would grow too large are
+    // the earlier ones scaled down.
     const double left = decay(pass_tokens_);
     if (weight_ < kLargest * left) {
       weight_ /= left;
@@ -54,7 +55,7 @@ void Policy::use(int expert, int count) {
 }
 
 std::vector<double> Policy::uses() const {
-  const double left = decay(pass_tokens_);  // when the next pass begins
+  const double left = decay(pass_tokens_);  // as of the start of the next pass
   std::vector<double> uses(uses_);
   for (double& u : uses) u = u / weight_ * left;
   return uses;

@@ -1,5 +1,5 @@
-// What the processor can do and the system lets programs use. Asked of the processor itself: what compilers' run-time
-// libraries answer differs, and that of zig, which builds the wheels, knows of nothing.
+// Which instruction sets the processor has and the system lets programs use. This asks the processor itself: compilers'
+// run-time libraries give different answers, and that of zig, which builds the wheels, reports nothing.
 #pragma once
 
 #include <cstdint>

@@ -5,8 +5,8 @@
 
 namespace edgemoe {
 
-/// Costs what a plain number does: no instruction more, and no order between several. Whoever reads some of them while
-/// they change sees values that each was right a moment ago.
+/// An atomic number at the cost of a plain one: no extra instruction, and no ordering between several. A thread that
+/// reads several of them while they change sees values each of which was right a moment ago.
 template <class T>
 class Relaxed {
  public:
@@ -19,7 +19,7 @@ class Relaxed {
   }
   operator T() const { return value_.load(std::memory_order_relaxed); }
 
-  // Only one thread writes, so that this need not be one step.
+  // Only one thread writes, so these need not be one atomic step.
   Relaxed& operator+=(T n) { return *this = T(T(*this) + n); }
   Relaxed& operator-=(T n) { return *this = T(T(*this) - n); }
 

@@ -58,7 +58,7 @@ double disk_rate(const std::shared_ptr<const File>& file, const std::vector<uint
   std::vector<ReadJob*> done;
   std::vector<int> free;
   for (int i = 0; i < slots; ++i) free.push_back(i);
-  Loader loader(file, num_readers);  // last: ends before the memory that it writes to goes
+  Loader loader(file, num_readers);  // last: its threads end before the memory that they write to is destroyed
   const double start = now_s();
   for (size_t i = 0; i < jobs.size();) {
     while (!free.empty() && i < jobs.size()) {

@@ -1,4 +1,4 @@
-// What the machine can do at best; benchmarks put it beside each figure.
+// The roofline of the machine: the best rates of memory and disk, to which benchmarks compare each figure.
 #pragma once
 
 #include <cstdint>
@@ -13,8 +13,8 @@ namespace edgemoe {
 /// Bytes per second that `threads` threads read together from `bytes` of memory, the best of five passes.
 double memory_rate(size_t bytes, int threads);
 
-/// Bytes per second that `threads` threads read together of memory that is there already, the best of five passes; 0
-/// when there is none. Pieces are whole pages.
+/// Bytes per second that `threads` threads read together from `pieces` of existing memory, {first byte, bytes} in whole
+/// pages, the best of five passes; 0 when there are none.
 double read_rate(const std::vector<std::pair<const uint8_t*, size_t>>& pieces, int threads);
 
 /// Bytes per second of reads of `length` at `offsets`, `num_readers` at a time, checksums left out.

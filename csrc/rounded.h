@@ -1,4 +1,4 @@
-// Rows of small numbers that predictors multiply one vector with, in an eighth of the memory.
+// Matrices of predictors, to be multiplied with one vector, in an eighth of the memory of float32.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,7 @@
 
 namespace edgemoe {
 
-/// A matrix [rows, cols] in 4 bits with a scale per row, and what is added to each row's product. Immutable.
+/// A matrix [rows, cols] in 4 bits with a scale per row, and a bias per row. Immutable.
 class RoundedRows {
  public:
   /// matrix: finite floats; bias [rows].
@@ -22,7 +22,7 @@ class RoundedRows {
 
  private:
   int rows_, cols_, blocks_, steps_;
-  Memory codes_;                      ///< as `RoundedTiles` has them
+  Memory codes_;                      ///< laid out as in `RoundedTiles`
   std::vector<float> scales_, bias_;  ///< padded to whole blocks
 };
 

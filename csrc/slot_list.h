@@ -1,4 +1,4 @@
-// Slots in the order in which they were put there; any can be taken out at once.
+// Slots in the order in which they were added; any of them can be removed in constant time.
 #pragma once
 
 #include <cstddef>
@@ -13,13 +13,13 @@ class SlotList {
 
   bool has(int slot) const { return links_[size_t(slot)].is_in; }
   int count() const { return count_; }
-  /// The ends; -1 when it is empty.
+  /// The first and the last slot; -1 when the list is empty.
   int first() const { return first_; }
   int last() const { return last_; }
-  /// The one after a slot that is there; -1 after the last.
+  /// The slot after one that is in the list; -1 after the last.
   int after(int slot) const { return links_[size_t(slot)].after; }
 
-  /// Puts a slot that is not there at the end.
+  /// Appends a slot that is not in the list.
   void push(int slot) {
     links_[size_t(slot)] = {last_, -1, true};
     (last_ < 0 ? first_ : links_[size_t(last_)].after) = slot;
@@ -27,7 +27,7 @@ class SlotList {
     ++count_;
   }
 
-  /// Takes a slot out that is there.
+  /// Removes a slot that is in the list.
   void remove(int slot) {
     Link& link = links_[size_t(slot)];
     (link.before < 0 ? first_ : links_[size_t(link.before)].after) = link.after;

@@ -15,10 +15,10 @@
 namespace edgemoe {
 namespace {
 
-// Some tens of microseconds: how long the caller waits for others before it lets somebody else have its core.
+// Some tens of microseconds: how long the caller spins for the others before it yields its core.
 constexpr int kSpins = 2000;
-// A worker waits so many times as long for the next loop: longer than Python needs between two calls of one token, of
-// which the head's comes latest, and shorter than a read. Waking it would cost as much.
+// A worker spins this many times as long for the next loop: longer than Python needs between two calls of one token
+// (the longest gap is before the output head's) and shorter than a read. Waking it would cost as much.
 constexpr int kPatience = 3;
 
 /// Cores that this process may use.
@@ -41,7 +41,7 @@ thread_local int worker_number = 0;
 
 int ThreadPool::worker() { return worker_number; }
 
-// With more threads than cores a spinning one would keep the core from one with work.
+// With more threads than cores, a spinning thread would keep a core from one that has work.
 ThreadPool::ThreadPool(int num_threads)
     : spins_(num_threads <= num_cores() ? kSpins : 0),
       shares_(size_t(std::clamp(num_threads, 1, 1024))),
@@ -87,7 +87,7 @@ void ThreadPool::expect(int thread, const Ahead& ahead) {
   e.version += 1;
 }
 
-/// Fetches a step of what is expected, or pauses when there is nothing left.
+/// Prefetches one step of what is expected, or pauses when nothing is left.
 void ThreadPool::idle(int number) {
   Expected& e = expected_[size_t(number)];
   if (const uint32_t version = e.version; version != e.seen) {
@@ -98,7 +98,7 @@ void ThreadPool::idle(int number) {
   for (int r = 0; r < Ahead::kRuns; ++r) {
     const uint32_t step = e.step[r];
     if (step == 0) break;
-    // A number, as nothing need lie there.
+    // An integer, as the address may lie outside any object.
     const uintptr_t at = reinterpret_cast<uintptr_t>(static_cast<const uint8_t*>(e.from[r])) + size_t(e.done) * step;
     for (uint32_t byte = 0; byte < step; byte += 64) __builtin_prefetch(reinterpret_cast<const void*>(at + byte), 0, 2);
   }
@@ -119,7 +119,7 @@ int ThreadPool::take(int owner, bool first) {
       return -1;
     }
     const bool is_empty =
-        begin == end;  // of this round it is from now on, so that no later round mistakes it for its own
+        begin == end;  // stored with this round's number too, so that no later round mistakes a stale value for its own
     const int piece = is_empty ? -1 : int(first ? begin++ : --end);
     if (left.compare_exchange_weak(before, uint64_t(round_) << 32 | begin << 16 | end, std::memory_order_acq_rel,
                                    std::memory_order_acquire)) {
@@ -145,10 +145,10 @@ void ThreadPool::start(int count, int grain, Call call, const void* body) {
   grain_ = std::max({grain, 1, (count - 1) / kMost + 1});
   num_pieces_ = (count - 1) / grain_ + 1;
   ++round_;
-  // The next round, open, nobody in it.
+  // The next round: open, with no worker in it.
   state_.store((state_.load(std::memory_order_relaxed) & ~(kRound - 1)) + kRound, std::memory_order_seq_cst);
   if (parked_.load(std::memory_order_seq_cst) > 0) {
-    // The lock orders this with a worker between its last look and its wait.
+    // The lock orders this with a worker that is between its last check and its wait.
     std::lock_guard<std::mutex> lock(mutex_);
     wake_.notify_all();
   }
@@ -179,7 +179,7 @@ void ThreadPool::work(int number) {
     }
     uint64_t state = state_.load(std::memory_order_acquire);
     seen = state / kRound;
-    if (stop_.load()) return;  // after the state: the round that ends a pool is taken for seen by nobody who goes on
+    if (stop_.load()) return;  // read after the state: no worker that has seen the pool's final round goes on
     bool is_in = false;
     while (state / kRound == seen && !(state & kOver) && !is_in) {
       is_in = state_.compare_exchange_weak(state, state + 1, std::memory_order_acq_rel);

@@ -1,4 +1,4 @@
-// A pool of compute threads that spins shortly between tasks and parks when idle.
+// A pool of compute threads that spin briefly between tasks and park when idle.
 #pragma once
 
 #include <atomic>
@@ -14,19 +14,20 @@
 
 namespace edgemoe {
 
-/// Pieces for a loop over `count` items: enough that threads end together, few enough that starting one costs nothing.
+/// Items per piece for a loop over `count` items: small enough that threads finish together, large enough that starting
+/// a piece costs next to nothing.
 inline int grain_for(int count, int threads) { return count / (threads * 16) > 1 ? count / (threads * 16) : 1; }
 
-/// Memory that a thread will probably read next: runs side by side, of each as many steps.
+/// Memory that a thread will probably read next: up to kRuns runs, read side by side in `steps` steps each.
 struct Ahead {
   static constexpr int kRuns = 8;
 
   const uint8_t* from[kRuns] = {};
-  uint32_t step[kRuns] = {};  ///< bytes; 0 from the last run on
+  uint32_t step[kRuns] = {};  ///< bytes per step; 0 after the last run
   int steps = 0;
 };
 
-/// Runs loops on `num_threads` threads, the caller included. One caller at a time.
+/// A pool that runs loops on `num_threads` threads, the caller's included. One caller at a time.
 class ThreadPool {
  public:
   explicit ThreadPool(int num_threads);
@@ -36,22 +37,22 @@ class ThreadPool {
 
   int size() const { return int(workers_.size()) + 1; }
 
-  /// Whether loops throw std::logic_error from now on.
+  /// Sets whether loops throw std::logic_error from now on.
   void refuse(bool yes) { refuses_ = yes; }
 
   /// Inside a body: the number of the thread that runs it, 0 for the caller.
   static int worker();
 
-  /// Where the share of a thread begins in a loop over `count` items in pieces of `grain`; that of the thread after the
-  /// last is the end.
+  /// Returns the first item of a thread's share in a loop over `count` items in pieces of `grain`; `count` for the
+  /// thread after the last.
   int first(int count, int grain, int thread) const;
 
-  /// What a thread reads into its cache while it waits for others or for the next loop, once: a hint, no more.
+  /// Sets what a thread prefetches into its cache, once, while it waits for others or for the next loop. Only a hint.
   void expect(int thread, const Ahead& ahead);
 
   /// Calls body(begin, end) over [0, count) in pieces of about `grain`, and returns when all are done. Each thread
-  /// begins with a share of its own, from the front, so that it reads memory in one run; who has none left takes
-  /// pieces from the end of another's. Which thread runs a piece is left to chance; bodies must write to disjoint
+  /// begins at the front of its own share, so that it reads memory in one run; a thread whose share is done steals
+  /// pieces from the end of another's. Which thread runs a piece is not determined; bodies must write to disjoint
   /// places. `body` must not throw.
   template <class Body>
   void run(int count, int grain, const Body& body) {
@@ -64,19 +65,20 @@ class ThreadPool {
  private:
   using Call = void (*)(const void* body, int begin, int end);
 
-  /// The pieces of one thread that nobody has taken: the round that they are of, the first and the end. One that is of
-  /// another round stands for the whole share, so that starting a round need not write to each.
+  /// The pieces of one thread that nobody has taken: the round that they belong to (32 bits), the first and the end (16
+  /// bits each). A value of another round stands for the whole share, so that starting a round need not write to each.
   struct alignas(64) Share {
     std::atomic<uint64_t> left{0};
   };
 
-  /// What a thread was told to expect. Another may write a newer one while it looks: then it fetches what nobody needs.
+  /// What a thread was told to expect. The caller may overwrite this while the thread reads it; at worst the thread
+  /// then prefetches something useless.
   struct alignas(64) Expected {
     Relaxed<const uint8_t*> from[Ahead::kRuns];
     Relaxed<uint32_t> step[Ahead::kRuns];
     Relaxed<int> steps;
     Relaxed<uint32_t> version;
-    uint32_t seen = 0;  ///< the thread's own, as the next
+    uint32_t seen = 0;  ///< accessed by the thread alone, like `done`
     int done = 0;
   };
 
@@ -88,7 +90,7 @@ class ThreadPool {
   void stop();
 
   // The state of a round: its number, whether it is over, and how many workers are in it. A worker that comes late,
-  // because its core was taken, finds the round over; nobody waits for it.
+  // because it had lost its core, finds the round over; nobody waits for it.
   static constexpr uint64_t kWorkers = 0xffff, kOver = 0x10000, kRound = 0x20000;
 
   bool refuses_ = false;

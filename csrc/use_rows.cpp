@@ -17,7 +17,7 @@ void UseRows::keep() const { std::memcpy(before, now, sizeof(double) * kRows * s
 
 void UseRows::token(const int32_t* chosen, int n, const float* scores, double left, double share, const double* weights,
                     double* odds) const {
-  // What was not chosen has `left` of its frequency: a number less in its logarithm.
+  // An expert that was not chosen keeps `left` of its frequency: log(left) is added to its logarithm.
   double* frequency = now + kFrequency * size_t(num_experts);
   kernels().pass_token(scores, num_experts, left, std::log(left), raw, frequency);
   for (int i = 0; i < n; ++i) raw[chosen[i]] += 1.0 - left;

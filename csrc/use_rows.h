@@ -1,5 +1,5 @@
-// What is known of a layer's experts before each of its passes, as rows of numbers; see NextUse in
-// scheduler/predict.py.
+// Features of a layer's experts, from which the odds of their next use are predicted, as rows of numbers; see NextUse
+// in scheduler/predict.py.
 #pragma once
 
 #include <cstddef>
@@ -7,23 +7,25 @@
 
 namespace edgemoe {
 
-/// The rows of one layer, of `num_experts` each, in arrays of somebody else.
+/// The rows of one layer, `num_experts` numbers each, in arrays that the caller owns.
 struct UseRows {
   double* raw;     ///< [2]: uses per token, decayed; router scores
-  double* now;     ///< [5]: one, used, logarithms of both `raw`, the latter's above the last chosen one's; its average
+  double* now;     ///< [5]: 1; 1 if used, else 0; log of the uses; margin of the score, see `weigh`; its moving average
   double* before;  ///< [5]: the same of the token before
   int num_experts;
 
-  /// Keeps what was said of the token before, if anybody asks for it.
+  /// Copies `now` to `before`.
   void keep() const;
 
-  /// One token has run `chosen` [n]: each use before it counts `left` of what it did; and the router's scores
-  /// [num_experts] of the token, each of which is above 0 from here on. Then all else as `weigh`.
+  /// Updates `raw` for one token that ran `chosen` [n], best first: earlier uses are multiplied by `left`, and the
+  /// router's scores [num_experts] are those of this token plus a small constant, so that each is above 0. Then updates
+  /// all else as `weigh` does, with margins against the last of `chosen`.
   void token(const int32_t* chosen, int n, const float* scores, double left, double share, const double* weights,
              double* odds) const;
 
-  /// `raw` was written: takes the logarithms, marks `chosen`, sets margins against the lowest of `against`, moves their
-  /// averages by `share` of the way, and sets odds [num_experts], in logarithms, to weights [5] times the rows.
+  /// Updates all else after `raw` was written: takes the logarithms, marks `chosen` [n] as used, sets each margin to
+  /// the log score minus the lowest among `against` [m], moves the averages by `share` of the way to the margins, and
+  /// sets odds [num_experts], in logarithms, to the sum of weights [5] times the rows.
   void weigh(const int32_t* chosen, int n, const int32_t* against, int m, double share, const double* weights,
              double* odds) const;
 

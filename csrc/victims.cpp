@@ -86,7 +86,7 @@ int Victims::lowest(const Policy& policy) {
       least = score;
     }
   }
-  // A layer's scale and shift keep the order of its scores, but rounding may make equals of some.
+  // A layer's scale and shift keep the order of its scores, but rounding may make some of them equal.
   const double* scores = policy.raw();
   for (int layer = 0; next == least && layer < num_layers; ++layer) {
     const Row& row = rows_[size_t(layer)];

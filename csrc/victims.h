@@ -1,4 +1,4 @@
-// Which expert goes when room is needed, without looking at all of them.
+// Which expert to drop when room is needed, found without looking at all of them.
 #pragma once
 
 #include <cstdint>
@@ -8,31 +8,31 @@
 
 namespace edgemoe {
 
-/// Keeps of the experts that may go, layer by layer, the one with the lowest score. A layer is looked through again
-/// only when its scores changed or when its lowest went, so that a search costs as much as there are layers and
-/// experts in one of them, not as much as there are experts.
+/// The experts that may be dropped and, for each layer, the one of them with the lowest score. A layer is searched
+/// again only when its scores changed or its lowest was removed. So finding the lowest of all takes time in proportion
+/// to the number of layers plus the experts of one layer, not to the number of all experts.
 class Victims {
  public:
   Victims(int num_layers, int num_experts);
 
-  /// An expert, which lies in `slot`, may go from now on.
+  /// Adds an expert, which lies in `slot`; does nothing if it is a member.
   void add(int expert, int slot, const Policy& policy);
-  /// It may not. Both do nothing where that is so already.
+  /// Removes an expert; does nothing if it is not a member.
   void remove(int expert);
   bool has(int expert) const { return members_[word(expert)] >> bit(expert) & 1; }
 
-  /// Of all that may go, the one with the lowest score, of equals that in the lowest slot; -1 for none.
+  /// The member with the lowest score and, among equals, in the lowest slot; -1 for none.
   int lowest(const Policy& policy);
 
-  /// Whether what is kept is what looking through all that may go finds.
+  /// Whether what is kept of each layer agrees with a search through all members.
   bool is_sound(const Policy& policy) const;
 
  private:
   struct Row {
-    int best = -1;  ///< its lowest before the layer's scale and shift, of equals that in the lowest slot; -1 for none
-    double least = 0;      ///< what that one scores
-    double next = 0;       ///< none of the others that score more than it scores less than this
-    uint64_t version = 0;  ///< of the policy's scores of the layer that this is true for
+    int best = -1;         ///< the member with the lowest raw score, among equals in the lowest slot; -1 for none
+    double least = 0;      ///< its raw score
+    double next = 0;       ///< a lower bound of the raw scores that are above `least`
+    uint64_t version = 0;  ///< of the layer's scores for which this row is right
     bool is_known = false;
   };
   size_t word(int expert) const { return size_t(expert / num_experts_) * words_ + size_t(expert % num_experts_) / 64; }
