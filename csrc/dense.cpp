@@ -28,7 +28,8 @@ void highest(const float* values, int n, int k, int32_t* chosen) {
   }
 }
 
-/// What remains of values by which experts are chosen when only the best groups may be: the others' become -infinity.
+/// Restricts the choice to the best groups: in `values`, by which experts are chosen, those of all other groups become
+/// -infinity.
 void keep_groups(const RouteRule& rule, float* values) {
   const int size = rule.num_experts / rule.groups;
   std::vector<float> best(size_t(rule.groups));
@@ -47,8 +48,8 @@ void keep_groups(const RouteRule& rule, float* values) {
   }
 }
 
-/// The gates of SparseMixer: of each chosen expert its share among those that are at most 2% below it, and that were
-/// not chosen before it.
+/// The gates of SparseMixer: each chosen expert's share in a softmax over those experts that are at most 2% below it
+/// and were not chosen before it.
 void mix_sparsely(const Kernels& k, const float* row, int E, int top_k, const int32_t* chosen, float* gates) {
   constexpr float kNear = 0.02f;
   thread_local std::vector<float> near;
@@ -64,7 +65,8 @@ void mix_sparsely(const Kernels& k, const float* row, int E, int top_k, const in
   }
 }
 
-/// Takes the best of one token's logits, which become scores of all experts. Ties go to the lower expert.
+/// Chooses the best experts by one token's logits, which are replaced by the scores of all experts. Ties go to the
+/// expert with the lower number.
 void choose_of(const RouteRule& rule, const Router& router, float* row, int32_t* chosen, float* gates) {
   const Kernels& k = kernels();
   const float* choice_bias = router.choice_bias;
@@ -74,7 +76,7 @@ void choose_of(const RouteRule& rule, const Router& router, float* row, int32_t*
     if (rule.scoring == Scoring::kSigmoid) return k.sigmoid(row, E);
     k.softmax(row, E);
   };
-  if (!choice_bias && rule.groups == 1) {  // logits are in the order of their scores
+  if (!choice_bias && rule.groups == 1) {  // logits have the same order as the scores
     highest(row, E, top_k, chosen);
     if (rule.scoring == Scoring::kSoftmaxTopK) {
       for (int i = 0; i < top_k; ++i) gates[i] = row[chosen[i]];
@@ -104,7 +106,7 @@ void choose_of(const RouteRule& rule, const Router& router, float* row, int32_t*
   for (int i = 0; rule.gate_scale != 1.0f && i < top_k; ++i) gates[i] *= rule.gate_scale;
 }
 
-/// Throws std::invalid_argument unless all sizes are such that products of them can be computed.
+/// Throws std::invalid_argument unless all sizes are small enough that their products do not overflow.
 const WorkspaceShape& checked(int num_threads, const WorkspaceShape& s) {
   expect_within("threads", num_threads, 1, 1024);
   expect_within("Workspace max_rows", s.max_rows, 0, kMaxSize);
@@ -194,7 +196,7 @@ std::vector<const RankRow*> Workspace::project(const std::vector<const NestedMat
     ++count;
   }
   if (!count) return out;
-  // Of few rows this takes less time than a loop over threads.
+  // For few rows this takes less time than a loop over threads.
   pool.run(n, 8, [&](int begin, int end) {
     for (int i = begin; i < end; ++i) {
       Projection z;
@@ -280,7 +282,7 @@ void linear_f32(Workspace& ws, const float* x, int T, const float* matrix, int r
 void linear_heads(Workspace& ws, const HeadRows& x, const NestedMatrix& w, int T, int heads, float* out,
                   int out_stride) {
   const Kernels& k = kernels();
-  std::vector<int32_t> rows(size_t(T) * heads);  // head after head, so that a head's are together
+  std::vector<int32_t> rows(size_t(T) * heads);  // ordered by head, so that the rows of a head lie together
   for (int h = 0; h < heads; ++h) {
     for (int t = 0; t < T; ++t) rows[size_t(h) * T + t] = t * heads + h;
   }

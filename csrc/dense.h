@@ -1,4 +1,4 @@
-// CPU operations outside the routed experts, and the scratch memory that all of them share.
+// CPU operations outside the routed experts, and the scratch memory that all operations share.
 #pragma once
 
 #include <cstdint>
@@ -23,23 +23,24 @@ struct WorkspaceShape {
   int num_heads;  ///< of queries
 };
 
-/// Owns the compute threads and the scratch of one engine, resident from the start. One caller at a time.
+/// The compute threads and the scratch memory of one engine, resident from the start. One caller at a time.
 class Workspace {
  public:
   Workspace(int num_threads, const WorkspaceShape& shape);
 
-  static constexpr int kFfnRows = 256;  ///< rows of an FFN batch; bounds scratch, not the result
+  static constexpr int kFfnRows = 256;  ///< rows of an FFN batch; bounds the scratch, does not affect results
 
-  /// What a workspace takes.
+  /// Bytes that a workspace takes.
   static size_t bytes(int num_threads, const WorkspaceShape& shape);
 
-  /// Quantises rows of x in parallel. `rows` (may be null) picks rows of x, which are `stride` floats apart; 0 for
-  /// cols.
+  /// Quantises n rows of x in parallel. `rows` (may be null) picks rows of x, which are `stride` floats apart; 0 means
+  /// cols. Valid until the next call.
   QuantizedRows quantize(const float* x, const int32_t* rows, int n, int cols, int stride = 0);
-  /// What the corrections of matrices need of the same rows, null for a matrix without one. Until the next product.
+  /// Computes the inputs of the matrices' corrections for the same rows: [n] per matrix, null for a matrix without a
+  /// correction. Valid until the next product.
   std::vector<const RankRow*> project(const std::vector<const NestedMatrix*>& matrices, const float* x,
                                       const int32_t* rows, int n, int stride = 0);
-  /// Room for that of n rows, for a product's matrix `which`.
+  /// Room for these inputs of n rows, for matrix number `which` of a product.
   RankRow* ranks(size_t which, int n);
   /// Where `quantize_hidden` puts n rows, at most kFfnRows.
   QuantizedRows hidden_rows(int n, int hidden) const;
@@ -51,7 +52,7 @@ class Workspace {
   int max_hidden() const { return shape_.max_hidden; }
   const WorkspaceShape& shape() const { return shape_; }
 
-  /// What attention lays out itself, see attention.h.
+  /// Scratch of attention, which divides it itself; see attention.h.
   float* attention() const { return reinterpret_cast<float*>(attention_.bytes()); }
 
  private:
@@ -59,24 +60,25 @@ class Workspace {
 
   WorkspaceShape shape_;
   Memory activations_, hidden_, gate_, up_, attention_;
-  /// 40 bytes a row and matrix, of files with corrections: left to the budget's margin.
+  /// 40 bytes per row and matrix, for files with corrections only: not in `bytes`, but left to the budget's margin.
   std::vector<std::vector<RankRow>> ranks_;
 
  public:
-  ThreadPool pool;  // after the scratch: its threads end before that goes
+  ThreadPool pool;  // after the scratch: its threads end before the scratch is destroyed
   ProductOrder order{pool};
   Notes notes;
 
-  /// From now on steps are noted; what would run meanwhile throws std::logic_error, so that none gets lost.
+  /// Begins to record steps in `notes`. Until the end, a loop that would run throws std::logic_error, so that no step
+  /// is lost.
   void begin_noting();
-  /// Returns the number of what was noted.
+  /// Ends the recording. Returns its number, for `Notes::repeat`.
   int end_noting();
 };
 
 /// V x of one row, computed once for matrices with the same V.
 class Projection {
  public:
-  /// [kMaxRank], of x for a matrix with a correction; until the next call.
+  /// Returns V x [kMaxRank] for a matrix with a correction; x is the same in every call. Valid until the next call.
   const float* of(const NestedMatrix& w, const float* x);
 
  private:
@@ -85,7 +87,7 @@ class Projection {
   int rank_ = 0;
 };
 
-/// What a matrix's correction needs of a row whose V x is z.
+/// Computes the input of a matrix's correction for a row whose V x is z.
 void quantize_ranks(const NestedMatrix& w, const float* z, RankRow* out);
 
 /// out [T, kMaxRank] = x [T, cols] times V [rank, cols] transposed, the rest zeros; for `FfnUse::z`.
@@ -95,17 +97,17 @@ void project(Workspace& ws, const float* x, int T, const int8_t* basis, int rank
 void linear(Workspace& ws, const float* x, int T, const std::vector<const NestedMatrix*>& matrices,
             const std::vector<float*>& outs);
 
-/// The same of a float32 matrix [rows, cols], whose inputs are not rounded: out [T, rows].
+/// The same for a float32 matrix [rows, cols], with inputs that are not quantised: out [T, rows].
 void linear_f32(Workspace& ws, const float* x, int T, const float* matrix, int rows, int cols, float* out);
 
-/// Rows of heads: x [T, heads, stride], of which the first columns are used.
+/// A row per token and head: x [T, heads, stride], of which the first columns are used.
 struct HeadRows {
   const float* x;
   int stride;
 };
 
 /// A matrix for each head, stacked: out[t, h, :rows / heads] = w[rows of h] x[t, h, :cols]. w [heads * a multiple of
-/// 16, cols]; out [T, heads, out_stride], of which the rest stays.
+/// 16, cols]; out [T, heads, out_stride], whose other columns are left as they are.
 void linear_heads(Workspace& ws, const HeadRows& x, const NestedMatrix& w, int T, int heads, float* out,
                   int out_stride);
 
@@ -116,13 +118,14 @@ struct Router {
   const float* choice_bias;  ///< [num_experts], or null
 };
 
-/// Router logits and choice.
-/// scores: [T, num_experts], become the scores of all experts (for kSoftmaxTopK and kSparseMixer too over all); experts
-/// int32 [T, K] in descending order of what they are chosen by, gates float32 [T, K].
+/// Computes a router's logits for x [T, cols] and chooses experts by them.
+/// scores [T, num_experts] receives the scores of all experts (for kSoftmaxTopK and kSparseMixer a softmax over all,
+/// too), experts int32 [T, K] the chosen ones in descending order of the value that they are chosen by, and gates
+/// float32 [T, K] their gates.
 void route(Workspace& ws, const float* x, const Router& router, int T, int cols, const RouteRule& rule, float* scores,
            int32_t* experts, float* gates);
 
-/// The second half of `route`: scores are the products with the router's weight, which is not looked at.
+/// The second half of `route`: scores holds the products with the router's weight, which is not used here.
 void choose(Workspace& ws, const Router& router, int T, const RouteRule& rule, float* scores, int32_t* experts,
             float* gates);
 
@@ -146,8 +149,8 @@ struct NextRouter {
   Router router;
 };
 
-/// What later layers' routers choose for one token's x [cols] as it is now, each after its own norm: the look-ahead of
-/// HOBBIT (arXiv 2411.01433, section 3.3), whose gates take this layer's normed input instead.
+/// Chooses experts by later layers' routers for x [T, cols] as it is now, each after its own norm: the look-ahead of
+/// HOBBIT (arXiv 2411.01433, section 3.3), except that the paper's gates take this layer's normed input.
 /// normed [p, T, cols] and scores [p, T, num_experts] are scratch; experts and gates [p, T, K].
 void look_ahead(Workspace& ws, const float* x, const std::vector<NextRouter>& routers, int T, int cols, float eps,
                 const RouteRule& rule, float* normed, float* scores, int32_t* experts, float* gates);
@@ -161,7 +164,7 @@ void add_norm(Workspace& ws, const float* added, float scale, float* x, const fl
 /// out [T, cols] += bias [cols].
 void add_bias(Workspace& ws, const float* bias, int T, int cols, float* out);
 
-/// Numbers that a matrix is multiplied with: those of row t begin at data + t * per_row, and are `step` apart.
+/// Factors for the elements of a matrix: those of row t begin at data + t * per_row, and are `step` floats apart.
 struct Factors {
   const float* data;
   size_t per_row;
@@ -171,7 +174,7 @@ struct Factors {
 /// out [T, cols] *= factors.
 void multiply(Workspace& ws, const Factors& factors, int T, int cols, float* out);
 
-/// x [n] = cap * tanh(x / cap), in place; what is not finite becomes no number.
+/// x [n] = cap * tanh(x / cap), in place; a value that is not finite becomes NaN.
 void soft_cap(Workspace& ws, float cap, int64_t n, float* x);
 
 /// out [T, cols] += scale * x, and, if `gate_weight` is given, x[t] is scaled by sigmoid(gate_weight · gate_input[t]).

@@ -16,7 +16,7 @@ namespace {
 
 constexpr int kTileCodes = kTileRows * kTileCols;
 
-/// Sixteen rows as codes, in the order of tiles; what is beyond the last column is zero.
+/// Sixteen rows as codes, in the order of tiles; padding beyond the last column is zero.
 struct Coded {
   uint16_t halves[kMaxRungs][kTileRows];  ///< row scales as they are stored
   std::vector<uint8_t> scales;            ///< [tiles, 64]
@@ -48,7 +48,7 @@ void pack_rows(const Coded& b, int width, bool is_base, int shift, uint8_t* out)
   }
 }
 
-/// About the scale of a row: the least that lets every group's range be met by a scale and a middle.
+/// Returns about the least row scale with which a relative scale and a middle can cover the range of every group.
 float row_scale(const float* w, int cols) {
   float step = 0;
   for (int g = 0; g < cols; g += kGroup) {
@@ -57,7 +57,7 @@ float row_scale(const float* w, int cols) {
       low = std::min(low, w[c]);
       high = std::max(high, w[c]);
     }
-    // A little less than 255 steps of range and 127.5 + 7 * 12 from zero, because a middle is not met exactly.
+    // A little less than 255 steps of range and 127.5 + 7 * 12 from zero, because middles are rounded.
     step = std::max(step, std::max((high - low) / 250.0f, std::max(-low, high) / 211.5f));
   }
   return step * float(kScaleUnit) / 56.0f;
@@ -65,7 +65,8 @@ float row_scale(const float* w, int cols) {
 
 /// Chooses scales and middles group by group, the same for all levels.
 void choose_scales(RowBlock* b, const Objective& o) {
-  // Relative scales lie up to a fourth apart; another row scale is another choice of them for all groups.
+  // Neighbouring relative scales differ by up to a fourth; another row scale gives all groups other steps to choose
+  // from.
   constexpr float kTries[] = {1.0f, 0.96f, 1.04f, 1.08f, 1.13f};
   const Kernels& k = kernels();
   const int groups = b->groups();
@@ -85,7 +86,7 @@ void choose_scales(RowBlock* b, const Objective& o) {
         const int n = std::min(kGroup, b->cols - g * kGroup);
         std::copy_n(row + g * kGroup, n, w);
         std::copy_n(o.squares + g * kGroup, n, importance);
-        std::fill(w + n, w + kGroup, w[0]);  // within the range, and without importance
+        std::fill(w + n, w + kGroup, w[0]);  // padding within the range, of importance 0
         error += k.choose_scale(w, importance, rounded / float(kScaleUnit), o.level_weights, &bytes[size_t(g)]);
       }
       if (factor != kTries[0] && !(error < least)) continue;
@@ -103,8 +104,8 @@ void choose_scales(RowBlock* b, const Objective& o) {
   }
 }
 
-/// The full search: each scale and middle near the fitting one, for each of five scales of a row; then codes, and with
-/// products their refinement.
+/// The full search: all scales and middles near the one that fits, for each of five row scales; then the codes and,
+/// with moments, their refinement.
 class ThoroughRows {
  public:
   ThoroughRows(int cols, int num_scales, const std::vector<Level>& levels, const Objective& objective)
@@ -119,7 +120,7 @@ class ThoroughRows {
     b_.w = w;
     choose_scales(&b_, objective_);
     round_rows(&b_, levels_);
-    // Without products row scales stay alike: fitted to the weights alone they shorten rows, which costs quality.
+    // Without moments a row's scales stay equal: fitted to the weights alone they shrink rows, which costs quality.
     if (objective_.moments && objective_.sweeps > 0) refine_rows(&b_, levels_, objective_);
     tile_rows(b_, out);
   }
@@ -130,21 +131,21 @@ class ThoroughRows {
   RowBlock b_;
 };
 
-/// The quick search: the few scales and middles that mostly win, for three scales of a row, all rows at once.
+/// The quick search: the few scales and middles that usually win, for three row scales, all rows at once.
 class QuickRows {
  public:
   QuickRows(int cols, int num_scales, const std::vector<Level>& levels, const Objective& objective)
       : cols_(cols), groups_(blocks(cols, kGroup)), num_scales_(num_scales) {
     columns_.resize(size_t(groups_) * kGroup * kTileRows);
     bytes_.resize(size_t(groups_) * kTileRows);
-    importance_.resize(size_t(groups_) * kGroup);  // none of padding
+    importance_.resize(size_t(groups_) * kGroup);  // 0 for padding
     std::copy_n(objective.squares, cols, importance_.begin());
     for (const Level& level : levels) levels_.push_back({float(1 << (8 - level.bits)), level.weight});
   }
 
   void code(const float* w, Coded* out) {
-    // A little more than what reaches, as the middles are not met exactly, and two steps towards a fourth more, where
-    // other relative scales lie.
+    // The wanted scale, which leaves a margin as middles are rounded, and two steps towards a fourth more, where the
+    // next relative scale lies.
     constexpr float kTries[] = {1.0f, 1.04f, 1.1f};
     const Kernels& k = kernels();
     for (int g = 0; g < groups_; ++g) turn(w, g);
@@ -174,7 +175,8 @@ class QuickRows {
   }
 
  private:
-  /// Brings a group's columns together; padding is as the first, within the range.
+  /// Transposes a group, so that the 16 rows of a column lie together; padding repeats the first column, to stay within
+  /// the range.
   void turn(const float* w, int g) {
     float* const group = columns_.data() + size_t(g) * kGroup * kTileRows;
     const int count = std::min(kGroup, cols_ - g * kGroup);
@@ -198,7 +200,7 @@ struct Rungs {
   const std::vector<uint8_t*>& outs;
 };
 
-/// Writes a row block to its places.
+/// Writes a row block to its place in each rung.
 void store(const Coded& coded, int block, int rows, const Rungs& rungs) {
   int shift = 8, scale = 0;
   const size_t tiles = coded.scales.size() / kScaleBytes;
@@ -213,7 +215,7 @@ void store(const Coded& coded, int block, int rows, const Rungs& rungs) {
   }
 }
 
-/// Codes all row blocks; says whether every weight was one that float16 scales can hold.
+/// Quantises all row blocks. Returns whether every weight was finite and small enough for float16 scales.
 template <class Rows>
 bool code_blocks(ThreadPool& pool, const float* w, int rows, int cols, const Rows& prototype, const Rungs& rungs) {
   std::atomic<bool> is_sound{true};
@@ -237,7 +239,7 @@ bool code_blocks(ThreadPool& pool, const float* w, int rows, int cols, const Row
   return is_sound;
 }
 
-/// Throws std::invalid_argument unless every number can be computed with.
+/// Throws std::invalid_argument unless the objective is as described in quantize.h.
 void check(const Objective& o, int cols) {
   const auto is_weight = [](float x) { return x >= 0 && std::isfinite(x); };
   const auto is_square = [](float x) { return x > 0 && std::isfinite(x); };

@@ -6,18 +6,19 @@
 namespace edgemoe {
 namespace {
 
-constexpr int kFits = 2;  ///< of row scales and codes in turns
+constexpr int kFits = 2;  ///< rounds of fitting row scales and codes in turn
 
-/// Where the top `bits` bits of a code lie, in steps of the code.
+/// The value that the top `bits` bits of a code stand for, in steps of the 8-bit code.
 inline float position(int code, int bits) {
   const int shift = 8 - bits;
   return (float(code >> shift) + 0.5f) * float(1 << shift);
 }
 
-/// The code below a position; also of what is no number, as when a gradient overflows.
+/// The code below a position; 0 for NaN, which comes of a gradient that overflows.
 inline int code_at(float position) { return int(std::min(std::max(0.0f, position), 255.0f)); }
 
-/// What a row's levels count in steps of a code: their weights times the squares of their row scales over the first.
+/// The weights of a row's levels where errors are measured in steps of a code: the levels' weights times the squares of
+/// the ratios of their row scales to the first.
 void weights_of_row(const RowBlock& b, const std::vector<Level>& levels, int row, float* weights) {
   for (size_t i = 0; i < levels.size(); ++i) {
     const float gain = b.units[0][row] > 0 ? b.units[levels[i].scale][row] / b.units[0][row] : 1;
@@ -25,12 +26,12 @@ void weights_of_row(const RowBlock& b, const std::vector<Level>& levels, int row
   }
 }
 
-/// The code with the least sum of weight * (target - position)^2 over the levels, each with its own target; the lowest
-/// of several.
+/// The code with the least sum of weight * (target - position)^2 over the levels, each with its own target; of several
+/// such codes the lowest.
 ///
-/// Such a code lies between the lowest and the highest target. The last level's best code is known for each code of
-/// the level before, so that only these are tried, from the last level's target to either side, until its error alone
-/// is too much.
+/// The best code lies between the lowest and the highest target. For each code of the last level but one, the best code
+/// of the last level is known, so only those are tried: outwards from the last level's target to either side, until the
+/// last level's error alone is too large.
 int best_code(const std::vector<Level>& levels, const float* weights, const float* targets) {
   const int n = int(levels.size()), last = 8 - levels[n - 1].bits;
   const int shift = n > 1 ? 8 - levels[n - 2].bits : 8;  // without an earlier level: all codes at once
@@ -70,15 +71,16 @@ int best_code(const std::vector<Level>& levels, const float* weights, const floa
   return best;
 }
 
-/// What a code means at a level.
+/// The weight that a code stands for at a level.
 inline float decoded(const RowBlock& b, const Level& level, int row, int column) {
   const size_t group = size_t(row) * b.groups() + column / kGroup;
   const uint8_t code = b.codes[size_t(row) * b.cols + column];
   return b.units[level.scale][row] * b.steps[group] * (position(code, level.bits) + b.middles[group]);
 }
 
-/// Gives each scale of a row its least-squares value, the levels that share it weighted as ever, and tells by what
-/// factor it changed. `seen` [levels, 16, cols] is what the levels' weights are multiplied with: Wb moments.
+/// Sets each row scale to its least-squares value over the levels that share it, by their weights, and `gains` to the
+/// factors by which the scales changed. `seen` [levels, 16, cols] is Wb moments, with Wb the weights decoded at a
+/// level.
 void fit_row_scales(RowBlock* b, const std::vector<Level>& levels, const std::vector<float>& seen,
                     float (*gains)[kTileRows]) {
   const Kernels& k = kernels();
@@ -97,7 +99,7 @@ void fit_row_scales(RowBlock* b, const std::vector<Level>& levels, const std::ve
     for (int s = 0; s < b->num_scales; ++s) {
       gains[s][r] = 1;
       const double gain = wanted[s] / have[s];
-      if (!(gain > 0.5 && gain < 2)) continue;  // also where nothing uses it, or nothing is there
+      if (!(gain > 0.5 && gain < 2)) continue;  // also where no level uses the scale, or all is zero
       const float scale = float(gain) * b->units[s][r] * float(kScaleUnit);
       if (!(scale < 65504.0f)) continue;
       float rounded;
@@ -110,9 +112,9 @@ void fit_row_scales(RowBlock* b, const std::vector<Level>& levels, const std::ve
   }
 }
 
-/// Moves one code after the other to where the error of the output is least, given all others: coordinate descent on
-/// the sum over levels of weight * E moments E^T, with E = Wb - W and the level's moments. `gradients` [levels, 16,
-/// cols] are E moments.
+/// Sets one code after the other to the one with which the error of the output is least, given all others: coordinate
+/// descent on the sum over levels of weight * E moments E^T, with E = Wb - W and the level's moments. `gradients`
+/// [levels, 16, cols] are E moments.
 void descend(RowBlock* b, const std::vector<Level>& levels, const Objective& o, std::vector<float>* gradients) {
   const Kernels& k = kernels();
   const int cols = b->cols, groups = b->groups(), n = int(levels.size());
@@ -124,7 +126,7 @@ void descend(RowBlock* b, const std::vector<Level>& levels, const Objective& o, 
     bool moved[kTileRows] = {};
     for (int c = 0; c < cols; ++c) {
       const size_t diagonal = size_t(c) * cols + c;
-      float inverses[8], shares[8];  // of the first level's mean square, which weights are in units of
+      float inverses[8], shares[8];  // shares: a level's mean square over the first level's, the unit of the weights
       for (int i = 0; i < n; ++i) {
         inverses[i] = 1 / levels[i].moments[diagonal];
         shares[i] = levels[i].moments == levels[0].moments ? 1 : levels[i].moments[diagonal] * inverses[0];

@@ -1,4 +1,4 @@
-// Rows on their way to codes: what chooses the codes of a row, given its scales, and fits the scales to them.
+// The choice of codes for rows, given their scales, and the fit of the scales to the codes.
 #pragma once
 
 #include <cstdint>
@@ -9,15 +9,15 @@
 
 namespace edgemoe {
 
-/// A level that counts.
+/// A level that counts in the objective.
 struct Level {
   int bits;
   float weight;
   int scale;             ///< which of a row's scales it uses
-  const float* moments;  ///< what its error is judged by: one of the objective's, or null
+  const float* moments;  ///< by which its error is measured: `moments` or `rest` of the objective, or null
 };
 
-/// Sixteen rows on their way to codes: what all steps below share.
+/// Sixteen rows that are being quantised: the state that all steps below share.
 struct RowBlock {
   const float* w;  ///< [16, cols], rows beyond the matrix are zero
   int cols;
@@ -32,10 +32,11 @@ struct RowBlock {
   int groups() const { return blocks(cols, kGroup); }
 };
 
-/// Chooses codes weight by weight.
+/// Chooses the code of each weight by itself.
 void round_rows(RowBlock* b, const std::vector<Level>& levels);
 
-/// Refines codes for the error of the output, and row scales and codes in turns where a row has several.
+/// Refines codes for the error of the output. Where a row has several scales, goes on to refine scales and codes in
+/// turn.
 void refine_rows(RowBlock* b, const std::vector<Level>& levels, const Objective& o);
 
 }  // namespace edgemoe

@@ -13,15 +13,15 @@
 namespace edgemoe {
 namespace {
 
-constexpr size_t kRuns = 8;                 // reads of each rung that are under way together
-constexpr int kBlocks = 16;                 // of all of these, with those between that nobody asked for
-constexpr int kNear = 5;                    // blocks so near are one read: those between take less than another
-constexpr int kReaders = 4;                 // as experts have
+constexpr size_t kRuns = 8;                 // reads of each rung that are in flight together
+constexpr int kBlocks = 16;                 // blocks in all of these, including unwanted ones in between
+constexpr int kNear = 5;                    // blocks at most this far apart share a read: cheaper than a second one
+constexpr int kReaders = 4;                 // as many as read experts
 constexpr size_t kRecent = 256;             // texts repeat their tokens: 60 to 75% are among the last 256
-constexpr size_t kPiece = size_t(1) << 20;  // of a rung that is gone through
-constexpr size_t kAlign = 64;               // of tiles
+constexpr size_t kPiece = size_t(1) << 20;  // bytes at a time when a rung is read through
+constexpr size_t kAlign = 64;               // bytes, of tiles
 
-/// The form of a rung without what is not tiles.
+/// The form of a rung with nothing but its tiles.
 RungForm bare(const NestedMatrix& m, int rung) {
   RungForm form = form_of(m, rung);
   form.has_row_scales = false;
@@ -36,11 +36,11 @@ size_t before_tiles(const NestedMatrix& m, int rung) {
 
 }  // namespace
 
-/// Where what is kept lies in memory, and what the block that is decoded looks like.
+/// Where all that is kept lies in memory, and the form of the block that is decoded.
 struct StoredRows::Layout {
   NestedMatrix matrix, block;
-  int resident;     ///< rungs
-  int scaled = -1;  ///< the rung whose scales of rows count, if it is missing
+  int resident;     ///< number of resident rungs
+  int scaled = -1;  ///< the rung whose row scales apply, if it is not resident; else -1
   size_t slot = 0;  ///< bytes of a rung's reads
   size_t assembled, scales = 0, correction = 0, basis = 0, sums, recent;  ///< where they start in memory, after reads
   size_t total;
@@ -55,7 +55,7 @@ struct StoredRows::Layout {
     std::fill_n(block.ranks, last, uint8_t(0));
     size_t at = 0;
     const auto take = [&at](size_t bytes) { return std::exchange(at, at + round_up(bytes, kAlign)); };
-    // A run takes two pages more than its blocks at most, as it begins and ends within some.
+    // A run takes at most two pages more than its blocks, as it may begin and end within a page.
     const size_t most = std::min(size_t(kBlocks), num_blocks()), runs = std::min(kRuns, num_blocks());
     for (int r = resident; r <= last; ++r) slot = std::max(slot, round_up(most * stride(r), kPage) + 2 * runs * kPage);
     take((matrix.num_rungs - resident) * slot);
@@ -155,7 +155,7 @@ void StoredRows::go_through(const StoredRungs& stored, size_t rung, const Layout
   const size_t end_of_tiles = tiles + at.num_blocks() * part.stride;
   const Memory buffer(kPiece);
   uint32_t crc = 0;
-  // Bytes [begin, end) of the rung, in pieces that begin and end between pages of the file but for the first and last.
+  // Reads bytes [begin, end) of the rung in pieces that begin and end on pages of the file, but for the first and last.
   const auto pass = [&](size_t begin, size_t end) {
     while (begin < end) {
       const uint64_t from = (start + begin) / kPage * kPage;
@@ -231,7 +231,7 @@ void StoredRows::decode(const int32_t* ids, size_t n, float scale, float* out) {
   for (size_t i = 0; scale != 1.0f && i < n * cols; ++i) out[i] *= scale;
 }
 
-/// Reads what is missing of at most kBlocks blocks in kRuns runs, into `slots_`.
+/// Reads the missing rungs of at most kBlocks blocks, in at most kRuns runs, into `slots_`.
 void StoredRows::read(const std::vector<Run>& runs) {
   jobs_.clear();
   jobs_.resize(runs.size() * num_missing_);
@@ -250,9 +250,9 @@ void StoredRows::read(const std::vector<Run>& runs) {
   }
   try {
     if (jobs_.size() > 1 && !loader_) loader_ = std::make_unique<Loader>(file_, kReaders);
-  } catch (const OutOfBudget&) {  // no more threads are to be had: one after the other then
+  } catch (const OutOfBudget&) {  // no thread can be started: then one read after the other
   }
-  const size_t own = loader_ ? 1 : jobs_.size();  // of this thread
+  const size_t own = loader_ ? 1 : jobs_.size();  // jobs that this thread reads itself
   std::vector<ReadJob*> done;
   done.reserve(jobs_.size());
   try {
@@ -261,7 +261,7 @@ void StoredRows::read(const std::vector<Run>& runs) {
     loader_.reset();  // waits for what has begun
     throw;
   }
-  for (size_t i = 0; i < own; ++i) {  // before another thread would be awake
+  for (size_t i = 0; i < own; ++i) {  // sooner than another thread would wake up
     try {
       file_->read_pages(jobs_[i].offset, jobs_[i].length, jobs_[i].to);
     } catch (...) {
@@ -280,7 +280,7 @@ void StoredRows::read(const std::vector<Run>& runs) {
   }
 }
 
-/// Puts a block together, of the `run`-th that was read.
+/// Assembles a block from all its rungs; `run` is the number of the run that it was read in.
 void StoredRows::assemble(int block, size_t run) {
   const size_t first = parts_.size() - num_missing_;
   for (size_t r = 0; r < parts_.size(); ++r) {
@@ -319,7 +319,7 @@ const float* StoredRows::find_recent(int32_t id) const {
   return at == recent_ids_.end() ? nullptr : recent_ + size_t(at - recent_ids_.begin()) * size_t(block_.cols);
 }
 
-/// A row of the block that is assembled.
+/// Decodes a row of the assembled block into `recent_`.
 const float* StoredRows::decode_one(int32_t id) {
   const size_t at = std::exchange(next_recent_, (next_recent_ + 1) % kRecent);
   float* const row = recent_ + at * size_t(block_.cols);

@@ -1,5 +1,5 @@
-// Rows of a matrix at all of its rungs, of which the first are resident or none: what is missing of a row's block is
-// read from the file when the row is asked for.
+// Rows of a matrix at all of its rungs, of which only the first few, or none, are resident. The missing rungs of a
+// row's block are read from the file when the row is asked for.
 #pragma once
 
 #include <cstdint>
@@ -16,25 +16,26 @@
 
 namespace edgemoe {
 
-/// Looks up rows in a file, as an embedding's, of which a token needs one. Each block of 16 rows is read once in a
-/// call, near ones by one read, several reads at a time, and compared with what it was at the start. Thread-safe.
+/// A matrix whose rows are looked up in a file, as an embedding's, of which a token needs one. In one call, each block
+/// of 16 rows is read once, near ones by one read, and several reads run at a time. With `verify`, a block's checksum
+/// is compared with that at the start. Thread-safe.
 class StoredRows {
  public:
-  /// Goes through the rungs that are missing. Scales of rows and corrections, which are small, stay in memory; if
-  /// `verify` the rungs' sums are compared, and those of all blocks kept. `resident` has the matrix's first rungs, null
-  /// for none. Throws std::invalid_argument when it has all, or what is stored is not of such a matrix, ReadError, and
-  /// FormatError when a sum is wrong.
+  /// Reads through the missing rungs. Row scales and corrections, which are small, stay in memory. With `verify`, the
+  /// rungs' checksums are compared, and the checksums of all blocks are kept; without it, only what stays in memory is
+  /// read. `resident` has the matrix's first rungs, null for none. Throws std::invalid_argument when it has all of them
+  /// or `stored` does not fit the matrix, ReadError, and FormatError when a checksum is wrong.
   StoredRows(std::shared_ptr<const File> file, const StoredRungs& stored, int rows, int cols,
              const std::vector<uint8_t>& widths, const Nested* resident, bool verify, std::string name,
              const Coding& coding);
   StoredRows(const StoredRows&) = delete;
   StoredRows& operator=(const StoredRows&) = delete;
 
-  /// The memory that one takes beside its `resident` rungs.
+  /// Bytes of memory that such an object takes beside its `resident` rungs.
   static size_t bytes_for(int rows, int cols, const std::vector<uint8_t>& widths, int resident, const Coding& coding);
 
   /// Writes rows `ids` [n], which are inside the matrix, times `scale` to out [n, cols]. Throws ReadError, and
-  /// FormatError when a block is another than at the start; the object stays usable.
+  /// FormatError when a block has changed since the start; the object stays usable.
   void decode(const int32_t* ids, size_t n, float scale, float* out);
 
   int rows() const { return rows_; }
@@ -44,13 +45,13 @@ class StoredRows {
  private:
   struct Layout;
 
-  /// The tiles of blocks in one rung.
+  /// The tiles of all blocks in one rung.
   struct Part {
-    size_t stride;            ///< bytes of a block's
-    size_t to;                ///< where they lie in the block that is decoded
-    const uint8_t* resident;  ///< the first block's, null where they are in the file
-    uint64_t offset;          ///< of the first block's in the file
-    uint32_t* sums;           ///< [blocks]
+    size_t stride;            ///< bytes of a block's tiles
+    size_t to;                ///< where they start in the assembled block
+    const uint8_t* resident;  ///< the first block's tiles, null where they are in the file
+    uint64_t offset;          ///< of the first block's tiles in the file
+    uint32_t* sums;           ///< [blocks], checksums
   };
 
   /// Blocks that are read together.
@@ -58,7 +59,7 @@ class StoredRows {
     int first, last;
   };
 
-  /// Bytes of a rung that stay in memory.
+  /// A range of a rung's bytes that stays in memory.
   struct Kept {
     size_t begin, length;
     uint8_t* to;
@@ -75,22 +76,22 @@ class StoredRows {
   std::string name_;
   int rows_;
   bool verify_;
-  NestedMatrix block_;  ///< 16 rows at a time, of all rungs, in `assembled_`; its scales are in rung 0
+  NestedMatrix block_;  ///< the 16 rows in `assembled_`, at all rungs; its row scales are in rung 0
   Memory memory_;
   std::vector<Part> parts_;
   size_t num_missing_ = 0;
-  size_t slot_ = 0;           ///< bytes of a rung's reads, at most
+  size_t slot_ = 0;           ///< the most bytes that the reads of a rung take
   uint8_t* slots_ = nullptr;  ///< [missing rungs, slot_]
   uint8_t* assembled_ = nullptr;
   size_t assembled_bytes_ = 0;
   const uint8_t* scales_ = nullptr;      ///< of all rows; null for none
   const uint8_t* correction_ = nullptr;  ///< u, and the codes of all blocks; null for none
-  float* recent_ = nullptr;              ///< [kRecent, cols], the rows that were read last
+  float* recent_ = nullptr;              ///< [kRecent, cols], the rows that were decoded last
   std::vector<int32_t> recent_ids_;
   size_t next_recent_ = 0;
   std::mutex mutex_;
   std::vector<ReadJob> jobs_;
-  std::unique_ptr<Loader> loader_;  // last: its threads end before what they write to goes
+  std::unique_ptr<Loader> loader_;  // last: its threads end before what they write to is destroyed
 };
 
 }  // namespace edgemoe
