@@ -1,8 +1,8 @@
 // Attention to one block of keys, for every instruction set and every pair of types of keys and values.
 //
-// Keys lie in tiles, 16 positions in one vector, so that nothing is summed across lanes. The products with keys in 8
-// bits are of whole numbers: the query is in 8 bits too, as activations of matrices are. Values are added as floats, in
-// the order of their positions.
+// Keys lie in tiles, 16 positions in one vector, so that nothing is summed across lanes. Products with keys in codes
+// are of integers: the query is quantised to 8 bits too, like the activations of matrix products. Values are added as
+// floats, in the order of their positions.
 #pragma once
 
 #include "kernels.h"
@@ -31,7 +31,7 @@ void quantize_head(const float* x, int n, int8_t* codes, float* scales, int32_t*
     const auto inverse = V::set(is_zero ? 0.0f : 1.0f / rounded[0]);
     auto total = V::zero_ints();
     for (int i = 0; i < 2; ++i) {
-      // A scale that was rounded down would give 128.
+      // With a scale that was rounded down, a value may come to 128.
       const auto whole = V::min(V::max(V::mul(v[i], inverse), V::set(-127.0f)), V::set(127.0f));
       const auto q = is_zero ? V::zero_ints() : V::round_to_int(whole);
       total = V::add_ints(total, q);
@@ -42,7 +42,7 @@ void quantize_head(const float* x, int n, int8_t* codes, float* scales, int32_t*
   }
 }
 
-/// Asks for the tile after the next two: tiles of 8 bits are used up faster than the processor looks ahead by itself.
+/// Prefetches the tile after the next two: tiles of codes are used up faster than hardware prefetchers look ahead.
 inline void prefetch_tile(const uint8_t* tile, size_t bytes) {
   for (size_t at = 3 * bytes; at < 4 * bytes; at += 64) __builtin_prefetch(tile + at);
 }
@@ -57,13 +57,13 @@ typename V::F load_cell(const float* p) {
   return V::load(p);
 }
 
-/// Keys as they are, in float16 or float32.
+/// Keys in float16 or float32.
 template <KvType kType, class Cell>
 struct PlainKeys {
   static constexpr KvType type = kType;
 
-  /// scores[i][s - base] for N queries and keys s in [begin, end), for whole tiles: scores beside are written too, and
-  /// are right or never looked at.
+  /// Writes scores[i][s - base] for N queries and keys s in [begin, end). It works on whole tiles: scores outside the
+  /// range are written too, and are either right or never read.
   template <class V, int N>
   static void score(const AttendQuery* queries, const uint8_t* head, int hs, float scale, int base, int begin,
                     int end) {
@@ -89,13 +89,14 @@ struct PlainKeys {
   }
 };
 
-/// Keys in codes: products of whole numbers with a query in 8 bits.
+/// Keys in codes, which are multiplied as integers with a query in 8 bits.
 template <KvType kType>
 struct CodedKeys {
   static constexpr KvType type = kType;
   static constexpr int kBits = kv_packed_bits(type);  ///< 0 for 8 bits
 
-  /// Of N queries, q times the codes of the group of 32 columns from c on, as what the codes mean.
+  /// acc[i] = query i's codes times the numbers that the keys' codes stand for, over the 32 columns of the group from c
+  /// on, for N queries.
   template <class V, int N>
   static void dots(const AttendQuery* queries, const uint8_t* tile, int hs, int c, typename V::I* acc) {
     const int g = c / kKvGroup;
@@ -115,7 +116,7 @@ struct CodedKeys {
     }
   }
 
-  /// As above.
+  /// Like `PlainKeys::score`.
   template <class V, int N>
   static void score(const AttendQuery* queries, const uint8_t* head, int hs, float scale, int base, int begin,
                     int end) {
@@ -180,8 +181,8 @@ struct CodedValues {
   static constexpr KvType type = kType;
   static constexpr int kBits = kv_packed_bits(type);  ///< 0 for 8 bits
 
-  /// The codes of columns [c, c + 16 * M) of a tile, as what they mean: vector j of a position is `step` bytes after
-  /// that of the position before and `next` after vector j - 1. Packed ones are unpacked into `room`.
+  /// The numbers that the codes of columns [c, c + 16 * M) of a tile stand for: vector j of a position is `step` bytes
+  /// after that of the position before and `next` bytes after vector j - 1. Packed ones are unpacked into `room`.
   template <class V, int M>
   static const int8_t* rows(const uint8_t* tile, int hs, int c, int8_t* room, int* step, int* next) {
     if constexpr (kBits == 0) {
@@ -201,8 +202,8 @@ struct CodedValues {
     }
   }
 
-  /// As above; a score is multiplied by the scale of its position's group, and the product by the code. c is a
-  /// multiple of 32 where M is more than 1.
+  /// Like `PlainValues::add`; a score is multiplied by the scale of its position's group, and the product by the code's
+  /// number. c is a multiple of 32 where M is more than 1.
   template <class V, int N, int M>
   static void add(const AttendQuery* queries, const uint8_t* head, int hs, int c, int base, int begin, int end) {
     constexpr int G = M > 1 ? M / 2 : 1;
@@ -242,7 +243,7 @@ struct CodedValues {
   }
 };
 
-/// Kernels for N queries of the types that a layer has.
+/// The functions for N queries and the types of a layer's keys and values.
 using ScoreKeys = void (*)(const AttendQuery* queries, const uint8_t* head, int hs, float scale, int base, int begin,
                            int end);
 using AddValues = void (*)(const AttendQuery* queries, const uint8_t* head, int hs, int base, int begin, int end);
@@ -301,8 +302,8 @@ void attend_block(const AttendQuery* queries, const KvLayer& kv, float scale, in
   const uint8_t* values = kv.values + kv_head * kv_head_bytes(kv.value_type, kv.capacity, hs);
   const ScoreKeys score = score_keys<V, N>(kv.key_type), score_one = score_keys<V, 1>(kv.key_type);
   const AddValues add = add_values_of<V, N>(kv.value_type), add_one = add_values_of<V, 1>(kv.value_type);
-  // What all see is done for all at once, so that each key and value is loaded once; what is before and after, one
-  // by one.
+  // Positions that all queries see are done for all at once, so that each key and value is loaded once; those before
+  // and after, query by query.
   int begin = queries[0].begin, end = queries[0].end;
   for (int i = 1; i < N; ++i) {
     begin = queries[i].begin > begin ? queries[i].begin : begin;

@@ -38,7 +38,7 @@ struct Avx2 {
     const __m256i both = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(table)));
     return {_mm256_shuffle_epi8(both, index.lo), _mm256_shuffle_epi8(both, index.hi)};
   }
-  // 16-bit shifts: what crosses a byte is masked by the caller (right) or cannot be set (left).
+  // 16-bit shifts: bits that cross a byte are masked by the caller (right) or cannot be set (left).
   static B shift_right_by(B a, int n) {
     const __m128i count = _mm_cvtsi32_si128(n);
     return {_mm256_srl_epi16(a.lo, count), _mm256_srl_epi16(a.hi, count)};
@@ -66,7 +66,7 @@ struct Avx2 {
     t = _mm_add_epi32(t, _mm_shuffle_epi32(t, 0x4e));
     return _mm_cvtsi128_si32(_mm_add_epi32(t, _mm_shuffle_epi32(t, 0xb1)));
   }
-  /// 2 * 255 * 127 does not fit the 16 bits of maddubs: codes above 7 bits are split off their lowest bit.
+  /// 2 * 255 * 127 does not fit the 16 bits of maddubs: the lowest bit of codes above 7 bits is split off.
   template <bool kWide>
   static __m256i dot_half(__m256i codes, __m256i x) {
     const __m256i one = _mm256_set1_epi16(1);

@@ -24,7 +24,7 @@ struct Avx512 {
   static B lookup(const uint8_t* table, B index) {
     return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(table))), index);
   }
-  // 16-bit shifts: what crosses a byte is masked by the caller (right) or cannot be set (left).
+  // 16-bit shifts: bits that cross a byte are masked by the caller (right) or cannot be set (left).
   static B shift_right_by(B a, int n) { return _mm512_srl_epi16(a, _mm_cvtsi32_si128(n)); }
   static B shift_left_by(B a, int n) { return _mm512_sll_epi16(a, _mm_cvtsi32_si128(n)); }
   template <int N>
@@ -94,7 +94,7 @@ struct Avx512 {
   static void load_scales(const uint8_t* p, float step, float first, F* scale, F* middle) {
     const F values = _mm512_setr_ps(4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56);
     const I bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-    *scale = _mm512_permutexvar_ps(bytes, values);  // looks at the lowest four bits
+    *scale = _mm512_permutexvar_ps(bytes, values);  // uses the lowest four bits only
     const F index = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     *middle = _mm512_permutexvar_ps(_mm512_srli_epi32(bytes, 4), fma(index, set(step), set(first)));
   }

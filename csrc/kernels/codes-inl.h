@@ -1,8 +1,8 @@
-// From planes of bits to codes, four steps at a time. Part of kernels-inl.h.
+// Unpacks planes of bits into codes, four steps at a time. Part of kernels-inl.h.
 //
-// A plane of 2 bits holds four steps in the same 64 bytes, one of 1 bit eight. Shifting each field to its place alone
-// takes a shift and a mask for every plane and step, and shifts are what a processor has fewest units for. So planes
-// are joined first, while several steps lie side by side, and the steps are taken apart last.
+// A plane of 2 bits holds four steps in the same 64 bytes, one of 1 bit eight. Shifting each field to its place by
+// itself takes a shift and a mask for every plane and step, and processors have few units for shifts. So planes are
+// joined first, while several steps lie side by side, and the steps are taken apart last.
 #pragma once
 
 #include <cstddef>
@@ -27,20 +27,20 @@ inline typename V::B field(typename V::B bytes) {
   return V::and_bytes(shifted, V::set_bytes((1 << W) - 1));
 }
 
-/// Steps [0, 16) of one plane of W bits (1, 2, 4 or 8).
+/// One step, of 16, of a plane of W bits (1, 2, 4 or 8).
 template <class V, int W, int Step>
 inline typename V::B plane_field(const uint8_t* plane) {
   constexpr int per_vector = 8 / W;
   return field<V, W, Step % per_vector * W>(V::load_bytes(plane + 64 * (Step / per_vector)));
 }
 
-/// Codes of four steps apart: those of steps 0 and 2 side by side in one vector, those of 1 and 3 in the other.
+/// Codes of four steps: those of steps 0 and 2 side by side in one vector, those of 1 and 3 in the other.
 template <class V>
 struct Four {
   typename V::B even, odd;
 };
 
-/// Fields of two bits of four steps, made of four bits: bit i of a nibble goes to bit 2 * i, plus `At`.
+/// Spreads four bits, one of each of four steps, to fields of two bits: bit i of a nibble goes to bit 2 * i + `At`.
 template <class V, int At>
 inline typename V::B spread(typename V::B nibbles) {
   alignas(16) static constexpr uint8_t kSpread[16] = {
@@ -98,7 +98,7 @@ struct Ladder {
       out[2] = field<V, 2, 4>(top);
       out[3] = field<V, 2, 6>(top);
     } else if constexpr (Bits == 3) {
-      // In fields of two bits the third bit is the lower one of a code that is shifted down by one.
+      // `low` has the third bits in fields of two bits: each becomes the lowest bit of a code, below two bits of `top`.
       const auto low = spread<V, 0>(nibbles<V, Q>(rungs[1]));
       apart<V, 3>({blend<V, 0x66>(V::template shift_left<1>(top), low),
                    blend<V, 0x66>(V::template shift_right<1>(top), V::template shift_right<2>(low))},
@@ -166,7 +166,7 @@ inline void dot_quarters(typename V::I* dots, const uint8_t* const* rungs, const
   }
 }
 
-/// Any ladder, decided at run time.
+/// Unpacks a tile of any ladder, known only at run time.
 template <class V>
 void unpack_any(const NestedMatrix& w, const uint8_t* const* rungs, uint8_t* tile) {
   for (int step = 0; step < 16; ++step) V::store_bytes(tile + 64 * step, V::zero_bytes());

@@ -1,7 +1,7 @@
 // Corrections of low rank: y = W x + A (V x). Part of kernels-inl.h.
 //
-// V x is one small product per input, kept in floats; u, the scales of A's columns, are multiplied into it, and the
-// rest is a tile of r columns whose codes of 4 bits meet 8-bit activations as all codes do: `add_ranks`.
+// V x is one small product per input, kept in floats. u, the scales of A's columns, are multiplied into it. The rest is
+// a matrix of r columns, whose codes of 4 bits are multiplied with 8-bit activations as all codes are: `add_ranks`.
 #pragma once
 
 #include "kernels-inl.h"
@@ -28,7 +28,7 @@ inline void project_rows(const int8_t* basis, size_t stride, const float* x, int
 
 template <class V>
 void project(const int8_t* basis, int rank, const float* x, int cols, float* z) {
-  constexpr int kRows = 4;  // whose sums every instruction set has room for
+  constexpr int kRows = 4;  // whose sums every instruction set has registers for
   const size_t stride = basis_stride(cols);
   int r = 0;
   for (; r < rank; r += kRows) project_rows<V, kRows>(basis + r * stride, stride, x, cols, z + r);

@@ -1,4 +1,4 @@
-// Chooses the instruction set at run time. Compiled for the lowest CPU: a probe must not itself be the illegal
+// Chooses the instruction set at run time. Compiled for the baseline CPU: the probe itself must not be an illegal
 // instruction.
 #include <atomic>
 #include <cstring>

@@ -1,7 +1,7 @@
 // Matrices of 4-bit floats, E2M1, with the scales that they are released with. Part of kernels-inl.h.
 //
-// A code stands for a number of halves, which plus 12 is an unsigned byte, so that the sums are whole numbers as for
-// other codes; what the 12 add is taken off by the sum of the activations.
+// A code stands for a number of halves, which plus 12 is an unsigned byte, so that dot products are of integers as for
+// other codes. The sum of the activations times 12 is then subtracted.
 #pragma once
 
 #include "kernels-inl.h"
@@ -13,7 +13,7 @@ namespace {
 alignas(64) constexpr uint8_t kHalves[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
 constexpr int kNoHalves = 12;
 
-/// What scheme a matrix is of: whose scales they are, and of how many columns.
+/// The form of a matrix: how many columns share a scale, and what comes before a row block.
 struct Mxfp4 {
   static constexpr int kScaleCols = 32;
   static constexpr int kHeader = 0;  ///< bytes before a row block
@@ -23,7 +23,7 @@ struct Nvfp4 {
   static constexpr int kHeader = kTileRows * 4;
 };
 
-/// Scales of 16 rows, as halves of what a code stands for: E8M0, whose 0 is 2^-127, or E4M3.
+/// Half the scales of 16 rows, as codes count halves: E8M0, whose 0 is 2^-127, or E4M3.
 template <class V, class Form>
 inline typename V::F float_scales(const uint8_t* bytes) {
   alignas(64) uint32_t bits[kTileRows];
@@ -33,18 +33,18 @@ inline typename V::F float_scales(const uint8_t* bytes) {
     __builtin_memcpy(values, bits, sizeof bits);
     return V::mul(V::load(values), V::set(0.5f));
   } else {
-    // As a float32 of the same fields, 2^120 times too small: also where it is subnormal.
+    // Its fields as those of a float32 give a number 2^120 times too small, even where it is subnormal.
     for (int r = 0; r < kTileRows; ++r) bits[r] = uint32_t(bytes[r]) << 20;
     __builtin_memcpy(values, bits, sizeof bits);
     return V::mul(V::load(values), V::set(0x1p119f));
   }
 }
 
-/// Walks the tiles of a row block.
+/// A cursor over the tiles of a row block.
 template <class V, class Form>
 struct FloatCursor {
   const uint8_t* codes;
-  typename V::F of_rows;  ///< what all scales of a row are multiplied with
+  typename V::F of_rows;  ///< by which all scales of a row are multiplied
   typename V::F scales[kTileCols / Form::kScaleCols];
 
   FloatCursor(const NestedMatrix& w, int row_block)
@@ -58,7 +58,7 @@ struct FloatCursor {
     }
   }
 
-  /// Takes the scales of tile `g`; to be called for every tile in turn, before its codes are used.
+  /// Loads the scales of tile `g`. Must be called for every tile in turn, before its codes are used.
   void enter(int g) {
     constexpr int kBytes = kTileCols / Form::kScaleCols * kTileRows;  // of a tile
     if (g % (kScaleBytes / kBytes) == 0) {
@@ -77,7 +77,7 @@ struct FloatCursor {
   const uint8_t* scales_at_;
 };
 
-/// acc + x_scale * the share of 32 columns, of which `dots` has the sums of each 16.
+/// acc + x_scale * the share of 32 columns, of which `first` and `second` are the dot products of 16 each.
 template <class V, class Form>
 inline typename V::F float_add(typename V::F acc, typename V::I first, typename V::I second,
                                const typename V::F* scales, float x_scale, const float* x_sums) {
@@ -92,7 +92,7 @@ inline typename V::F float_add(typename V::F acc, typename V::I first, typename 
   }
 }
 
-/// Two steps of a tile, of which `both` has the codes.
+/// Unpacks two steps of a tile, whose codes are the 64 bytes at `both`.
 template <class V>
 inline void float_steps(const uint8_t* both, typename V::B* first, typename V::B* second) {
   const auto bytes = V::load_bytes(both);

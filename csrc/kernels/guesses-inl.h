@@ -1,4 +1,4 @@
-// What schedulers work out of all experts at once. Part of kernels-inl.h.
+// What schedulers compute for all experts at once. Part of kernels-inl.h.
 #pragma once
 
 #include "kernels-inl.h"
@@ -7,7 +7,7 @@ namespace edgemoe {
 namespace {
 
 // ---------------------------------------------------------------- logarithms and powers
-// Plain loops, which compilers make vectors of: every lane does the same operations in the same order.
+// Plain loops, which compilers vectorise: every lane does the same operations in the same order.
 
 inline double of_bits(uint64_t bits) {
   double x;
@@ -21,9 +21,9 @@ inline uint64_t bits_of_double(double x) {
   return bits;
 }
 
-constexpr double kLn2High = 6.93147180369123816490e-01, kLn2Low = 1.90821492927058770002e-10;  // its sum, as in fdlibm
+constexpr double kLn2High = 6.93147180369123816490e-01, kLn2Low = 1.90821492927058770002e-10;  // sum to log 2 (fdlibm)
 
-/// log x = k log 2 + log m with m between the roots of 1/2 and 2, and log m = 2 artanh((m - 1) / (m + 1)).
+/// log x = k log 2 + log m with m between the square roots of 1/2 and 2, and log m = 2 artanh((m - 1) / (m + 1)).
 template <class V>
 void logs(const double* x, int n, double* out) {
   constexpr uint64_t kRootOfHalf = 0x3fe6a09e667f3bcd, kOne = 0x3ff0000000000000, kFraction = 0x000fffffffffffff;
@@ -78,7 +78,7 @@ void powers(double* x, int n) {
 
 template <class V>
 void pass_token(const float* scores, int n, double left, double less, double* raw, double* logs_of) {
-  constexpr double kTiny = 1e-9;  // a probability that is nothing
+  constexpr double kTiny = 1e-9;  // keeps scores above 0
   double* __restrict to = raw + n;
   for (int i = 0; i < n; ++i) raw[i] *= left;
   for (int i = 0; i < n; ++i) logs_of[i] += less;
@@ -112,8 +112,8 @@ void moments(const double* __restrict odds, int n, double round, double base, do
   for (int i = 0; i < n; ++i) out[i] = odds[i] * -round - base;
 }
 
-/// What the `most` least of x are not above, as so many of the least of every kLanes-th number are not; infinite where
-/// that says nothing.
+/// A bound that the `most` least of x do not exceed: lane j has the least of every kLanes-th number from j on, and
+/// `most` of the lanes are not above the bound. Infinite where this gives none.
 template <class V>
 double bound_of_least(const double* x, int n, int most) {
   constexpr int kLanes = 32;
@@ -135,7 +135,7 @@ double bound_of_least(const double* x, int n, int most) {
 
 template <class V>
 void least(const double* x, int n, int most, int32_t* out) {
-  constexpr int kBlock = 16;  // of which one look says that none is among the least, as is so of most
+  constexpr int kBlock = 16;  // numbers that one test can rule out together, which mostly happens
   int count = 0;
   const double bound = bound_of_least<V>(x, n, most);
   for (int first = 0; first < n && most > 0; first += kBlock) {
@@ -152,7 +152,7 @@ void least(const double* x, int n, int most, int32_t* out) {
       out[at] = i;
     }
   }
-  while (count < most) out[count++] = 0;  // of what is no number
+  while (count < most) out[count++] = 0;  // in place of NaN
 }
 
 // ---------------------------------------------------------------- rows in 4 bits
@@ -160,7 +160,7 @@ void least(const double* x, int n, int most, int32_t* out) {
 /// N blocks of rows, whose codes lie one after the other.
 template <class V, int N>
 inline void rounded_blocks(const RoundedTiles& w, int block, const int8_t* x, float x_scale, float x_sum, float* out) {
-  constexpr size_t kAhead = 4096;  // a token's weights have driven these rows out of every cache
+  constexpr size_t kAhead = 4096;  // since their last use, a token's weights have evicted these rows from every cache
   const uint8_t* codes = w.codes + size_t(block) * size_t(w.steps) * 64;
   typename V::I low[N], high[N];
   for (int b = 0; b < N; ++b) low[b] = high[b] = V::zero_ints();

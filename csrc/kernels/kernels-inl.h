@@ -15,7 +15,7 @@ namespace {
 
 // ---------------------------------------------------------------- matrix products
 
-/// Pointers to the tile (row_block, 0) of each rung, past the scales, and the scales' own.
+/// A cursor over the tiles of a row block: pointers to each rung's tile, past the scales, and to the scales.
 struct TileCursor {
   const uint8_t* rungs[kMaxRungs];
   size_t strides[kMaxRungs];
@@ -39,7 +39,7 @@ struct TileCursor {
   }
 };
 
-/// What the rows' sums are multiplied with at the end: the row scales in steps of a code of `bits` bits.
+/// The factors of the rows' sums at the end: the row scales, for a code of `bits` bits.
 template <class V>
 inline typename V::F row_scales(const TileCursor& tile, int bits) {
   return V::mul(V::load_f16(tile.row_scales), V::set(float(1 << (8 - bits)) / float(kScaleUnit)));
@@ -61,7 +61,7 @@ inline typename V::F add_groups(typename V::F acc, const typename V::I* dots, co
   return V::fma(V::set(x_scale), V::fma(scales[1], b, V::mul(scales[0], a)), acc);
 }
 
-/// A of a matrix's correction; no steps where it has none.
+/// The factor A of a matrix's correction; no steps where it has none.
 struct Factor {
   const uint8_t* codes;
   int steps;  ///< of kRankStep columns, each 64 bytes for 16 rows
@@ -70,7 +70,7 @@ struct Factor {
     if (steps) codes = correction_of(w) + 2 * kMaxRank;
   }
 
-  /// Asks for a row block's codes: they lie behind all tiles, where no processor looks by itself.
+  /// Prefetches a row block's codes: they lie behind all tiles, where no hardware prefetcher expects them.
   [[gnu::always_inline]] void fetch(int block) const {
     for (int s = 0; s < steps; ++s) __builtin_prefetch(codes + 64 * (size_t(block) * steps + s), 0, 3);
   }
@@ -96,9 +96,9 @@ inline void store_rows(float* y, typename V::F value, int rows) {
   for (int i = 0; i < rows; ++i) y[i] = all[i];
 }
 
-/// Asks for the tile that comes kAhead tiles later. A processor also reads ahead by itself, but not across pages, and
-/// finds the runs of several rungs late. GCC takes a function that only prefetches for one without an effect, and drops
-/// calls of it that it has not inlined early.
+/// Prefetches the tile that comes kAhead tiles later. Hardware prefetchers do not cross pages, and are slow to detect
+/// the streams of several rungs. Always inlined, as GCC takes a function that only prefetches for one without an effect
+/// and drops calls of it that it has not inlined early.
 template <int Bits, int R = 0, int Before = 0>
 [[gnu::always_inline]] inline void fetch_ahead(const TileCursor& tile) {
   if constexpr (Before < Bits) {
@@ -109,7 +109,7 @@ template <int Bits, int R = 0, int Before = 0>
   }
 }
 
-/// One token: codes go from the planes straight into the dot product. z is of a matrix with a correction.
+/// One token: codes go from the planes straight into the dot product. z is used if the matrix has a correction.
 template <class V, int Bits>
 void matvec(const NestedMatrix& w, const QuantizedRows& x, const RankRow* z, int begin, int end, float* y) {
   const Factor factor(w);
@@ -164,7 +164,7 @@ struct Count {
 };
 
 /// Calls dot(Count<n>, codes, scales, sums, acc) for tile g of tokens [first, first + count): N tokens at once, the
-/// last ones alone. acc is the first token's sums.
+/// remaining ones one by one. `acc` starts with the first token's sums.
 template <int N, class Dot>
 inline void over_tokens(const QuantizedRows& x, int first, int count, int g, float* acc, Dot dot) {
   for (int i = 0; i < count; i += N) {
@@ -231,7 +231,7 @@ void matmul_known(const NestedMatrix& w, const QuantizedRows& x, const RankRow* 
   });
 }
 
-/// The default ladder's prefixes have their own code; any other ladder works, slower.
+/// The prefixes of the default ladder have specialised code; any other ladder works, but slower.
 template <class V>
 void matmul_nested(const NestedMatrix& w, const QuantizedRows& x, const RankRow* z, int n, int begin, int end, float* y,
                    size_t stride) {
@@ -300,7 +300,7 @@ inline void store_part(float* out, typename V::F value, int n) {
 
 template <class V>
 float choose_scale(const float* w, const float* importance, float unit, const float* level_weights, uint8_t* chosen) {
-  constexpr int kAround = 2;  // candidates on each side of the fitting one
+  constexpr int kAround = 2;  // candidates on each side of the one that fits
   const auto v = V::load(w), weight = V::load(importance);
   float low = w[0], high = w[0];
   for (int i = 1; i < kGroup; ++i) {
@@ -310,7 +310,7 @@ float choose_scale(const float* w, const float* importance, float unit, const fl
   *chosen = 0x80;
   if (!(unit > 0)) return 0;
   const float furthest = -low > high ? -low : high;
-  int fitting = 0;  // reaches from low to high, and that far from zero
+  int fitting = 0;  // the least scale that reaches from low to high, and `furthest` from zero
   for (; fitting < 15; ++fitting) {
     const float scale = unit * float((4 + fitting % 4) << (fitting / 4));
     if (scale * 255 >= high - low && scale * float(127 + 7 * kMiddleStep) >= furthest) break;
@@ -370,7 +370,7 @@ void quantize_row(const float* x, int cols, int8_t* codes, float* scales, float*
   }
 }
 
-/// y[r] = w[r] · x for N rows: their sums do not wait for each other.
+/// y[r] = w[r] · x for N rows at once, whose sums do not wait for each other.
 template <class V, int N>
 inline void dot_rows(const float* w, const float* x, int cols, float* y) {
   typename V::F acc[N];
@@ -452,7 +452,7 @@ inline typename V::F activated(typename V::F gate, typename V::F up) {
     return V::mul(gated<V>(gate, z), up);
   }
   if constexpr (kKind == Activation::kClampedSwiglu) {
-    // The second of two operands is what is left of a number that is none.
+    // Where their second operand is NaN, min and max return it: so NaN stays NaN.
     const auto g = V::min(V::set(7.0f), gate);
     const auto u = V::min(V::set(7.0f), V::max(V::set(-7.0f), up));
     return V::mul(gated<V>(g, V::mul(g, V::set(1.702f))), V::add(u, V::set(1.0f)));

@@ -2,7 +2,7 @@
 // multi-head latent attention (arXiv 2405.04434, section 2.1), of which all heads share one per position.
 //
 // Keys lie as attention-inl.h says, 16 positions in one vector. So a value's column is summed over the positions of
-// each lane first, in their order, and over the lanes at the end, as `reduce_add` does it.
+// each lane first, in their order, and over the lanes at the end, in the order of `reduce_add`.
 #pragma once
 
 #include "attention-inl.h"
@@ -10,7 +10,7 @@
 namespace edgemoe {
 namespace {
 
-/// Of 16 vectors, the sums of their lanes in one, each in the order of `reduce_add`.
+/// Returns in lane i the sum of the lanes of vector i, for 16 vectors, each in the order of `reduce_add`.
 template <class V>
 inline typename V::F sums_of(typename V::F* x) {
   for (int i = 0; i < 8; ++i) x[i] = V::template fold<8>(x[i], x[i + 8]);
@@ -24,7 +24,7 @@ template <KvType kType, class Cell>
 struct PlainLatents {
   static constexpr KvType type = kType;
 
-  /// What each position's values are multiplied with: its score.
+  /// What each position's values are multiplied by: its score.
   template <class V>
   static const float* weights(const AttendQuery& query, const uint8_t*, int, int, int, int, float*) {
     return query.scores;
@@ -43,7 +43,7 @@ struct CodedLatents {
   static constexpr KvType type = kType;
   static constexpr int kBits = kv_packed_bits(type);  ///< 0 for 8 bits
 
-  /// Its score times the scale of the 32 columns from c on; [kKeyBlock].
+  /// What each position's codes are multiplied by, [kKeyBlock]: its score times the scale of the 32 columns from c on.
   template <class V>
   static const float* weights(const AttendQuery& query, const uint8_t* head, int hs, int c, int base, int stop,
                               float* out) {
@@ -55,7 +55,7 @@ struct CodedLatents {
     return out;
   }
 
-  /// What the codes of columns [c, c + 4) of a tile mean, plus 128.
+  /// The numbers that the codes of columns [c, c + 4) of a tile stand for, plus 128.
   template <class V>
   static typename V::B bytes(const uint8_t* tile, int c) {
     if constexpr (kBits == 0) {
@@ -78,7 +78,7 @@ struct CodedLatents {
   }
 };
 
-/// sums[i][16 * j] of columns c + J + j: what each lane's positions give, for N queries and C columns.
+/// sums[i][c % 16 + J + j] = what the positions of each lane add up to in column c + J + j, for N queries and j < C.
 template <class V, class Latents, int N, int J, int C>
 inline void add_columns(const float* const* weights, const uint8_t* head, int hs, int c, int base, int stop,
                         typename V::F (*sums)[16]) {
@@ -117,7 +117,7 @@ void add_latents(const AttendQuery* queries, const KvLayer& kv, int base, int st
         add(add_columns<V, Latents, N, 3, 1>);
       }
     }
-    // A position that a query does not see adds zeros, and may so change a zero's sign.
+    // Positions that a query does not see add zeros, which may change a zero's sign: here every zero becomes +0.
     for (int i = 0; i < N; ++i) V::store(queries[i].part + c, V::add(sums_of<V>(sums[i]), V::zero()));
   }
 }

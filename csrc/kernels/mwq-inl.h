@@ -1,4 +1,4 @@
-// Matrices in the scheme MWQ: a base and planes of signs, each rung with scales of its own. Part of kernels-inl.h.
+// Matrices in the scheme MWQ: a base and planes of signs, each rung with its own scales. Part of kernels-inl.h.
 //
 // Each rung is a matrix product of its own over the codes, so that this takes as many dot products as there are rungs;
 // a float is added per rung, 16 rows and 32 columns, where the scales of weights and of activations are both constant.
@@ -9,7 +9,7 @@
 namespace edgemoe {
 namespace {
 
-/// Walks the tiles of a row block: pointers to each rung's codes, and the scales of the tile's group.
+/// A cursor over the tiles of a row block: pointers to each rung's codes, and the scales of the tile's group.
 template <class V>
 struct MwqCursor {
   const uint8_t* rungs[kMaxRungs];
@@ -28,7 +28,7 @@ struct MwqCursor {
     }
   }
 
-  /// Takes the scales before tile `g`, if there are some. To be called for every tile in turn, before its codes are
+  /// Loads the scales before tile `g`, if there are any. Must be called for every tile in turn, before its codes are
   /// used.
   void enter(int g) {
     constexpr int kTiles = kMwqGroup / kTileCols;
@@ -65,7 +65,7 @@ inline typename V::F mwq_start(typename V::F lowest, const float* x_sums) {
 /// One token and one rung of W bits: parts[i] += scale * dot over the columns of each scale of activations.
 template <class V, int W>
 inline void mwq_add_rung(typename V::F* parts, typename V::F scale, const uint8_t* rung, const int8_t* x) {
-  // A processor's own reading ahead is lost in the turns between rungs: with four of them, this doubles the speed.
+  // Hardware prefetchers lose track as rungs take turns: with four rungs, this doubles the speed.
   constexpr int kAhead = 8;  // tiles
   for (int at = 0; at < 128 * W; at += 64) __builtin_prefetch(rung + kAhead * 128 * W + at);
   typename V::I dots[kSums];

@@ -81,7 +81,7 @@ struct Neon {
   static int32_t reduce_ints(const I& a) {
     return vaddvq_s32(vaddq_s32(vaddq_s32(a.v[0], a.v[1]), vaddq_s32(a.v[2], a.v[3])));
   }
-  /// The instruction takes signed bytes: codes of 8 bits are split off their lowest bit.
+  /// The instruction takes signed bytes: the lowest bit of 8-bit codes is split off.
   template <bool kWide>
   static I dot(I acc, const B& codes, const int8_t* x) {
     int32_t four;

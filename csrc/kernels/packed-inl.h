@@ -1,9 +1,10 @@
-// Keys and values of 2, 3 or 4 bits: how they are rounded, and their codes out of the planes.
+// Keys and values in 2, 3 or 4 bits: how they are rounded, and how their codes are unpacked from planes.
 //
 // A group is 32 columns of 16 positions: eight steps of 64 codes, in planes of 4, 2 or 1 bits (3 bits are 2 and 1), so
-// that a step is unpacked by the shift and mask that weights have. What a code means, in scales, is a whole number:
-// of 4 and 3 bits as in llama.cpp's q4_0, from -8 or -4 on, with a scale of either sign, so that the largest number of
-// a group is on the side that reaches further; of 2 bits -3, -1, 1 or 3, which rounds numbers around zero better.
+// that a step is unpacked by the same shift and mask as weights are. In units of the scale, a code stands for a whole
+// number. With 4 and 3 bits these start at -8 or -4 as in llama.cpp's q4_0, and the scale may have either sign, so that
+// the largest number of a group is on the side that reaches further. With 2 bits they are -3, -1, 1 and 3, which rounds
+// numbers around zero better.
 #pragma once
 
 #include "kernels.h"
@@ -22,7 +23,7 @@ inline typename V::B packed_step(const uint8_t* group) {
   }
 }
 
-/// The same of a step that is known when it is run.
+/// Codes of a step that is known only at run time, in one plane.
 template <class V, int Width>
 inline typename V::B plane_field_at(const uint8_t* plane, int step) {
   constexpr int per_vector = 8 / Width;
@@ -40,13 +41,13 @@ inline typename V::B packed_step_at(const uint8_t* group, int step) {
   }
 }
 
-/// What a code means is kStep * code - kLowest scales.
+/// The numbers that codes stand for, in units of the scale: kStep * code - kLowest.
 template <int Bits>
 struct Grid {
   static constexpr int kStep = Bits == 2 ? 2 : 1, kLowest = Bits == 2 ? 3 : 1 << (Bits - 1);
 };
 
-/// That, plus kBias, of 16 codes, of which 2^Bits count.
+/// A table of these numbers plus kBias, for 16 codes, of which the first 2^Bits occur.
 template <int Bits, int kBias>
 struct Levels {
   static constexpr uint8_t of(int code) { return uint8_t(Grid<Bits>::kStep * code - Grid<Bits>::kLowest + kBias); }
@@ -63,7 +64,7 @@ inline void dot_group(const AttendQuery* queries, int column, const uint8_t* gro
   if constexpr (Step < 7) dot_group<V, Bits, N, Step + 1>(queries, column, group, acc);
 }
 
-/// out [16 positions, 16] = what the codes of one half of a group's columns mean.
+/// out [16 positions, 16] = the numbers that the codes of one half of a group's columns stand for.
 template <class V, int Bits, int Half, int Step = 0>
 inline void unpack_values(const uint8_t* group, int8_t* out) {
   const auto codes = packed_step<V, Bits, 4 * Half + Step>(group);
@@ -75,7 +76,8 @@ inline void unpack_values(const uint8_t* group, int8_t* out) {
 
 constexpr int kTried = 8;
 
-/// Scales that are tried, as shares of the one with which the lowest code means the largest number of a group.
+/// Scales to try for 2, 3 and 4 bits, relative to the one with which the lowest code stands for a group's largest
+/// number.
 alignas(64) constexpr float kScaleShares[3][16] = {
     {1.0f, 0.9f, 0.8f, 0.7f, 0.85f, 0.75f, 0.65f, 0.95f},
     {1.0f, 0.9f, 0.84f, 1.08f, 0.94f, 1.22f, 0.78f, 1.04f},
@@ -90,7 +92,8 @@ inline typename V::F packed_codes(typename V::F v, float inverse) {
   return V::min(V::max(nearest, V::zero()), V::set(float((1 << Bits) - 1)));
 }
 
-/// A group of 32 values, of which `live` are 1 and others 0: the codes, and the scale that has the least squared error.
+/// Rounds a group of 32 values; `live` is 1 for values that count and 0 for padding. Writes the codes and returns the
+/// scale with the least squared error.
 template <class V, int Bits>
 inline float pack_group(const typename V::F* v, const typename V::F* live, int8_t* codes) {
   using G = Grid<Bits>;

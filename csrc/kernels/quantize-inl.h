@@ -1,4 +1,4 @@
-// Float weights to nested codes, a row to a lane; included by kernels-inl.h.
+// Quantisation of float weights to nested codes, one row per lane. Part of kernels-inl.h.
 #pragma once
 
 #include "kernels-inl.h"
@@ -6,7 +6,7 @@
 namespace edgemoe {
 namespace {
 
-/// Of each row, the sum over a group's columns and the levels of weight * importance * squared error. `x` are the
+/// For each row, the sum over a group's columns and the levels of weight * importance * squared error. `x` are the
 /// weights in steps of the 8-bit code, whose value q stands for q + 0.5.
 template <class V>
 inline typename V::F level_errors(const float* x, const float* importance, const FitLevel* levels, int num_levels) {
@@ -30,7 +30,7 @@ inline typename V::F level_errors(const float* x, const float* importance, const
 /// A group of 16 rows, and the best scale and middle of each row so far.
 template <class V>
 struct GroupFit {
-  const float* columns;     ///< [16, 16], a column's rows together
+  const float* columns;     ///< [16, 16], the rows of a column together
   const float* importance;  ///< [16]
   const FitLevel* levels;
   int num_levels;
@@ -47,7 +47,7 @@ struct GroupFit {
     }
   }
 
-  /// Tries one scale of each row with the middles up to `around` from the nearest to `centre`.
+  /// Tries one scale for each row, with the middles up to `around` away from the one nearest to `centre`.
   void attempt(const float* index, typename V::F centre, int around) {
     uint8_t bytes[kTileRows];
     for (int r = 0; r < kTileRows; ++r) bytes[r] = uint8_t(int(index[r]));
@@ -75,8 +75,8 @@ struct GroupFit {
   }
 };
 
-/// Tries the least scale of a group that reaches all its weights, and the next one. Of the best of 25, 98% are among
-/// these eight, and what the others gain is 0.2% of the error: benchmarks/LOG.md.
+/// Tries the least scale of a group that reaches all its weights, with 3 middles, and the next one, with 5. Of the best
+/// of 25 candidates, 98% are among these eight; the others would save 0.2% of the error (benchmarks/LOG.md).
 template <class V>
 void fit_scales(const float* columns, int groups, const float* importance, const FitLevel* levels, int num_levels,
                 const float* units, uint8_t* bytes, float* errors) {
@@ -103,7 +103,7 @@ void fit_scales(const float* columns, int groups, const float* importance, const
     fit.attempt(least, centre, 1);
     fit.attempt(next, centre, 2);
     for (int r = 0; r < kTileRows; ++r) {
-      const bool is_zero = !(units[r] > 0);  // the row is, and no error a number
+      const bool is_zero = !(units[r] > 0);  // the row is all zero, and its errors are NaN
       bytes[r] = is_zero ? 0x80 : uint8_t(int(fit.scales[r]) + 16 * int(fit.middles[r]));
       fit.errors[r] = is_zero ? 0 : fit.errors[r];
     }

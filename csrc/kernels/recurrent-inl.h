@@ -2,7 +2,7 @@
 // rule, and Mamba-2.
 //
 // Time runs in one order, token after token, and nothing is summed across lanes: a lane is a channel, or a column of a
-// state. So a result depends neither on the chunk nor on the instruction set.
+// state. So a result depends neither on how tokens are split into chunks nor on the instruction set.
 #pragma once
 
 #include "kernels.h"
@@ -19,7 +19,7 @@ void delta_columns(const DeltaHead& h, int T, int column) {
     const float *q = h.q + t * h.key_stride, *k = h.k + t * h.key_stride;
     const float* v = h.v + t * h.value_stride + column;
     const float* decay = h.decay + t * h.decay_stride;
-    typename V::F held[M];  // what the state says of this key
+    typename V::F held[M];  // the value that the state has for this key
     for (auto& x : held) x = V::zero();
     for (int i = 0; i < h.key_dim; ++i) {
       const auto a = V::set(decay[h.decay_per_channel ? i : 0]), key = V::set(k[i]);
@@ -45,7 +45,7 @@ void delta_columns(const DeltaHead& h, int T, int column) {
   }
 }
 
-/// The same of Mamba-2; see `Kernels::mamba2`.
+/// The same for Mamba-2; see `Kernels::mamba2`.
 template <class V, int M>
 void mamba_columns(const MambaHead& h, int T, int column) {
   const float* from = h.before + column;

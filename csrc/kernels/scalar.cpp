@@ -1,4 +1,5 @@
-// The baseline: plain loops over 16 lanes. Correct everywhere, and what the other files must equal bit for bit.
+// The baseline: plain loops over 16 lanes. Correct everywhere, and the reference that the other files must match bit
+// for bit.
 #include <cmath>
 #include <cstring>
 
@@ -54,7 +55,7 @@ struct Scalar {
   static B select(const B& mask, const B& a, const B& b) {
     return map_bytes([&](int i) { return (mask.v[i] & a.v[i]) | (~mask.v[i] & b.v[i]); });
   }
-  /// table [16], at the byte's lower half; the upper one is 0.
+  /// table[i] for each byte i of `index`, which is below 16.
   static B lookup(const uint8_t* table, const B& index) {
     return map_bytes([&](int i) { return table[index.v[i]]; });
   }
@@ -99,7 +100,7 @@ struct Scalar {
   static F load_i8(const int8_t* p) {
     return map([=](int i) { return float(p[i]); });
   }
-  /// Byte J of each lane of four, less 128.
+  /// Byte J of each lane's four, minus 128.
   template <int J>
   static F byte_of(const B& codes) {
     return map([&](int i) { return float(int32_t(codes.v[4 * i + J]) - 128); });
@@ -170,8 +171,8 @@ struct Scalar {
     }
     return t[0];
   }
-  /// One step of `reduce_add` for two vectors: lane i of the sum of lanes i and i ^ D, of a where i has no bit D, else
-  /// of b.
+  /// One step of `reduce_add` for two vectors at once: lane i is the sum of lanes i and i ^ D, of a where i has no bit
+  /// D, else of b.
   template <int D>
   static F fold(const F& a, const F& b) {
     return map([&](int i) { return i & D ? b.v[i] + b.v[i ^ D] : a.v[i] + a.v[i ^ D]; });
@@ -205,7 +206,7 @@ struct Scalar {
     bits += 0xfff + (bits >> 13 & 1);  // to nearest, ties to even
     return uint16_t(sign | ((bits >> 13) - (112 << 10)));
   }
-  /// Of 16 bytes, the relative scales in their lower halves, and first + step * their upper halves (exact).
+  /// For 16 bytes, the relative scales in their lower halves, and first + step * their upper halves (exact).
   static void load_scales(const uint8_t* p, float step, float first, F* scale, F* middle) {
     for (int i = 0; i < 16; ++i) {
       scale->v[i] = float((4 + p[i] % 4) << (p[i] % 16 / 4));

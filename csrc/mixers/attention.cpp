@@ -14,14 +14,14 @@
 namespace edgemoe {
 namespace {
 
-constexpr int kGroupQueries = 32;  ///< of a prompt, that pass over the keys together: a block stays in the cache
+constexpr int kGroupQueries = 32;  ///< queries of a prompt that pass over the keys together: a block stays in the cache
 
-/// Where things lie in a workspace's floats: first each thread's, then what all share.
+/// The layout of attention's scratch: first each thread's part, then what all threads share.
 struct Layout {
   int stride;     ///< head_dim, rounded up
-  size_t query;   ///< floats of a prepared query: the head, what it lacks
+  size_t query;   ///< floats of a prepared query: the head, and the numbers of `lacking_of`
   size_t part;    ///< floats of a part
-  size_t thread;  ///< floats of a thread: scores, prepared queries, their results, parts to merge, that of a sink
+  size_t thread;  ///< floats of a thread: scores, prepared queries, their results, parts to merge, a sink's part
   int max_blocks;
 
   explicit Layout(const WorkspaceShape& shape)
@@ -43,9 +43,9 @@ class Pass {
 
   /// Prepares q, k and v in place and stores k and v. Throws RangeError.
   void store(float* q, float* k, float* v);
-  /// Both of a single token: all threads share the heads, and the blocks of all heads.
+  /// Stores and attends for a single token: all threads share the heads, and the blocks of all heads.
   void attend_one(float* q, float* k, float* v, float* out);
-  /// Of a prompt: the queries of one kv head, by position and then by head.
+  /// Attends for a prompt: with the queries of one kv head at a time, by position and then by head.
   void attend_many(const float* q, float* out);
 
  private:
@@ -79,9 +79,9 @@ class Pass {
   const KvLayer& kv_;
   const Layout at_;
   const int hd_, vd_, heads_, kv_heads_, per_kv_;
-  const KeyConstants* constants_ = nullptr;  ///< that keys lack; null for none
-  const float *k_bias_, *v_bias_;            ///< of what is stored
-  const float* out_bias_ = nullptr;          ///< what values lack; their weights sum to 1, before sinks
+  const KeyConstants* constants_ = nullptr;  ///< left out of the stored keys; null for none
+  const float *k_bias_, *v_bias_;            ///< included in what is stored
+  const float* out_bias_ = nullptr;  ///< left out of the stored values and added to the result: weights sum to 1
 };
 
 Pass::Pass(Workspace& ws, int T, int pos, const AttentionParts& p, const KvLayer& kv)
@@ -139,7 +139,7 @@ void Pass::prepare_values(float* v, int first_head, int num_heads) const {
   for (int i = 0; p_.clip > 0 && i < width; ++i) v[i] = std::min(std::max(v[i], -p_.clip), p_.clip);
 }
 
-/// So that scores of long contexts do not get flat (arXiv 2501.19399).
+/// Scales queries up with their position, so that the softmax of long contexts does not get flat (arXiv 2501.19399).
 void Pass::grow(float* q, int num_heads, int t) const {
   const double times = 1 + double(p_.growth) * std::log1p((pos_ + t + 1) / p_.grow_every);
   for (int i = 0; times != 1 && i < num_heads * hd_; ++i) q[i] *= float(times);
@@ -164,7 +164,8 @@ void Pass::store(float* q, float* k, float* v) {
   if (misfits < T_) refuse(misfits, k, v);
 }
 
-/// Stores those heads of a position. k and v: of the first of them; v null for latents. Returns whether all fit.
+/// Stores some kv heads of row t. k and v are those of the first of them; v is null for latents. Returns whether all
+/// fit.
 bool Pass::store_heads(const float* k, const float* v, int first_head, int num_heads, int t) const {
   const QuantizedHead scratch(mine(), kv_.head_stride);
   bool fits = true;
@@ -175,7 +176,8 @@ bool Pass::store_heads(const float* k, const float* v, int first_head, int num_h
   return fits;
 }
 
-/// Prepares a single token's heads of a kv head and stores them, of all heads q, k and v. Returns whether they fit.
+/// Prepares a single token's query heads, key and value of one kv head and stores the latter two. q, k and v have all
+/// heads. Returns whether they fit.
 bool Pass::store_alone(float* q, float* k, float* v, int kv_head) const {
   const size_t at = size_t(kv_head) * hd_, q_at = at * per_kv_;
   prepare(q + q_at, per_kv_, p_.q_bias ? p_.q_bias + q_at : nullptr, p_.q_norm, 0);
@@ -185,7 +187,7 @@ bool Pass::store_alone(float* q, float* k, float* v, int kv_head) const {
   return store_heads(k + at, v + at, kv_head, 1, 0);
 }
 
-/// Throws what is wrong with row t of what was to be stored.
+/// Throws a RangeError that says what in row t could not be stored.
 void Pass::refuse(int t, const float* k, const float* v) const {
   const size_t width = size_t(kv_heads_) * hd_;
   std::string what = misfit(k + t * width, int(width), kv_.key_type, true);
@@ -194,16 +196,16 @@ void Pass::refuse(int t, const float* k, const float* v) const {
   throw RangeError("layer " + std::to_string(p_.layer) + ": " + what);
 }
 
-/// Latents that are not seen are multiplied with 0, which has to give 0.
+/// Zeroes the latents of this pass. Latents that a query does not see are multiplied by 0, and that has to give 0.
 void Pass::forget() const {
   const QuantizedHead scratch(mine(), kv_.head_stride);
   const std::vector<float> nothing(size_t(hd_), 0.0f);
   for (int t = 0; t < T_; ++t) store_head(kn_, kv_, true, 0, pos_ + t, nothing.data(), hd_, scratch);
 }
 
-/// Attends with some queries of a kv head to the block from `base`, where a ring has it.
+/// Attends with some queries of a kv head to the block that starts at position `base`, at its place in a ring.
 void Pass::attend_block(int n, AttendQuery* queries, int kv_head, int base) const {
-  const int before = base / kv_.capacity * kv_.capacity;  // in earlier rounds
+  const int before = base / kv_.capacity * kv_.capacity;  // positions in earlier rounds of the ring
   for (int i = 0; before > 0 && i < n; ++i) {
     queries[i].begin -= before;
     queries[i].end -= before;
@@ -213,7 +215,7 @@ void Pass::attend_block(int n, AttendQuery* queries, int kv_head, int base) cons
              : kn_.attend_latent(n, queries, kv_, p_.shape.scale, base - before);
 }
 
-/// Prepares a head's query: padded, in 8 bits where keys are, and what these lack.
+/// Prepares a head's query: pads it, and where keys are in codes quantises it and computes what such keys leave out.
 void Pass::fill(float* scratch, const float* q, int kv_head) const {
   const QuantizedHead head(scratch, kv_.head_stride);
   head.pad(q, hd_, kv_.head_stride);
@@ -255,7 +257,8 @@ void Pass::give(float* part, int head, float* out) const {
   std::copy_n(part, vd_, out);
 }
 
-/// Attends with up to kQueries queries of a kv head to one block; piece i of quads, blocks, kv heads.
+/// Attends with up to kQueries queries of a kv head to one block. Piece i counts quads of queries first, then blocks,
+/// then kv heads.
 void Pass::attend_piece(int i, int first_block, int num_blocks) const {
   const int quads = blocks(per_kv_, kQueries), first = first_seen(pos_);
   const int quad = i % quads, kv_head = i / quads / num_blocks, block = i / quads % num_blocks;
@@ -273,7 +276,7 @@ void Pass::attend_piece(int i, int first_block, int num_blocks) const {
   attend_block(n, together, kv_head, base);
 }
 
-/// A head's result of what all blocks gave.
+/// Merges the parts of all blocks into a head's result.
 void Pass::merge(int head, int num_blocks, float* out) const {
   float* whole = parts() + head * at_.part;
   for (int b = 1; b < num_blocks; ++b) {
@@ -285,7 +288,8 @@ void Pass::merge(int head, int num_blocks, float* out) const {
 void Pass::attend_one(float* q, float* k, float* v, float* out) {
   const int first_block = first_seen(pos_) / kKeyBlock, num_blocks = pos_ / kKeyBlock + 1 - first_block;
   const int quads = blocks(per_kv_, kQueries), count = kv_heads_ * num_blocks * quads, threads = ws_.pool.size();
-  // Where a head is prepared without the others a thread may do so, and go on with it while there is one block.
+  // Where heads can be prepared one by one, threads share that work; with a single block each then attends with its
+  // own.
   const bool by_head = kv_.values && kv_heads_ >= threads && (p_.norm_per_head || (!p_.q_norm && !p_.k_norm));
   const bool goes_on = by_head && num_blocks == 1;
   if (!by_head) store(q, k, v);
@@ -312,7 +316,7 @@ void Pass::attend_one(float* q, float* k, float* v, float* out) {
 void Pass::attend_many(const float* q, float* out) {
   const int num_groups = blocks(T_ * per_kv_, kGroupQueries);
   ws_.pool.run(kv_heads_ * num_groups, 1, [&](int begin, int end) {
-    for (int i = begin; i < end; ++i) {  // the long ones first
+    for (int i = begin; i < end; ++i) {  // the longest groups first
       attend_group(i % kv_heads_, (num_groups - 1 - i / kv_heads_) * kGroupQueries, q, out);
     }
   });

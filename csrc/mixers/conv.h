@@ -5,7 +5,7 @@
 
 namespace edgemoe {
 
-/// out [T, channels] of x [T, channels]; see `Kernels::short_conv`. Threads share the channels.
+/// Convolves x [T, channels] to out [T, channels]; see `Kernels::short_conv`. Threads share the channels.
 void short_conv(Workspace& ws, const ConvShape& shape, const float* x, const float* weight, const float* bias,
                 const float* before, float* tail, int T, float* out);
 

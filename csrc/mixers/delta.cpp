@@ -7,9 +7,9 @@
 namespace edgemoe {
 namespace {
 
-constexpr int kColumns = 128;  ///< of a head's values that are one piece of work
+constexpr int kColumns = 128;  ///< columns of a head's values in one piece of work
 
-/// x[i] becomes the decay of n steps; `rate` is one or, if `each`, one for each.
+/// Replaces x [n] by its decays; `rate` is one number or, if `each`, one per x.
 void decay_of(const Kernels& kn, Decay kind, const float* rate, bool each, const float* bias, int n, float* x) {
   if (kind == Decay::kSoftplus) {
     kn.softplus(x, bias, n);
@@ -21,7 +21,7 @@ void decay_of(const Kernels& kn, Decay kind, const float* rate, bool each, const
   kn.decays(x, &bound, false, n, x);
 }
 
-/// Columns [first, last) of a state [rows, cols] become zeros.
+/// Zeroes columns [first, last) of a state [rows, cols].
 void clear(float* state, int rows, int cols, int first, int last) {
   for (int i = 0; i < rows; ++i) std::fill(state + size_t(i) * cols + first, state + size_t(i) * cols + last, 0.0f);
 }
@@ -37,7 +37,7 @@ void delta_rule(Workspace& ws, const DeltaParts& parts, float* q, float* k, cons
   const float root = std::sqrt(float(s.key_dim));
   const std::vector<float> k_weight(size_t(s.key_dim), 1 / root), q_weight(size_t(s.key_dim), 1 / root / root);
   const int pieces = s.decay_per_channel ? s.value_heads : 1, n = decays / pieces;
-  // Lengths of keys, then decays: one loop, as each is short.
+  // Unit lengths of queries and keys, then decays: in one loop, as each is short.
   const int items = s.key_heads + pieces;
   ws.pool.run(T * items, grain_for(T * items, ws.pool.size()), [&](int begin, int end) {
     for (int i = begin; i < end; ++i) {

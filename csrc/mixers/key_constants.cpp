@@ -3,7 +3,7 @@
 namespace edgemoe {
 namespace {
 
-constexpr double kSpreads = 2;  ///< a bias of more is taken out; less costs a group of 32 little precision
+constexpr double kSpreads = 2;  ///< a bias of more is taken out; a smaller one costs its group of 32 little precision
 
 /// Mean of the variances of a head's columns.
 double variance_of(const NestedMatrix& k, const float* norm, int first_row, int rows) {

@@ -10,7 +10,7 @@
 namespace edgemoe {
 namespace {
 
-/// Whether no number is infinite or none at all. An exponent of ones carries into the sign.
+/// Whether all numbers are finite: adding one to an exponent of all ones carries into the sign bit.
 bool all_finite(const uint16_t* halves, int n) {
   unsigned seen = 0;
   for (int i = 0; i < n; ++i) seen |= (halves[i] & 0x7c00u) + 0x0400u;
@@ -27,7 +27,7 @@ bool all_finite(const float* x, int n) {
   return !(seen & 0x80000000u);
 }
 
-/// Puts four codes, a byte each, into the planes of a group, at a byte of a step.
+/// Puts four codes, one per byte of `four`, into the planes of a group, at byte `byte` of step `step`.
 void put_codes(uint8_t* group, int bits, int step, int byte, uint32_t four) {
   if (bits == 3) {
     put_codes(group, 2, step, byte, four >> 1 & 0x03030303u);
@@ -42,7 +42,7 @@ void put_codes(uint8_t* group, int bits, int step, int byte, uint32_t four) {
   std::memcpy(at, &before, 4);
 }
 
-/// The codes [groups, 32] of a position, the `lane`th of its tile.
+/// Puts the codes [groups, 32] of a position into its tile, where it is number `lane`.
 void put_packed(uint8_t* tile, bool is_key, int bits, int lane, int groups, const int8_t* codes) {
   for (int g = 0; g < groups; ++g, tile += 64 * bits) {
     for (int c = 0; c < kKvGroup; c += 4, codes += 4) {

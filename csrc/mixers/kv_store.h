@@ -1,4 +1,4 @@
-// How keys and values get into a layer's cache: rounded, into tiles, and looked at once, where they are rounded.
+// How keys and values are stored in a layer's cache: rounded, put into tiles, and checked as they are rounded.
 #pragma once
 
 #include <cstddef>
@@ -9,7 +9,7 @@
 
 namespace edgemoe {
 
-/// A head's padded values and their 8 bits, in scratch that somebody else owns.
+/// A head's padded values and their 8-bit codes, in scratch memory that the caller owns.
 struct QuantizedHead {
   float* padded;  ///< [head_stride]
   float* scales;
@@ -20,7 +20,7 @@ struct QuantizedHead {
     return round_up(head_stride + (2 + kKvGroup / sizeof(float)) * blocks(head_stride, kKvGroup), 16);
   }
 
-  /// scratch: `floats`.
+  /// `scratch` has `floats(head_stride)` floats.
   QuantizedHead(float* scratch, int head_stride);
 
   /// Copies a head, padded with zeros.
@@ -30,18 +30,19 @@ struct QuantizedHead {
     kn.quantize_head(padded, head_stride, codes, scales, sums);
   }
 
-  /// To 2, 3 or 4 bits.
+  /// Rounds to 2, 3 or 4 bits.
   void pack(const Kernels& kn, int head_dim, int bits) const { kn.pack_head(padded, head_dim, bits, codes, scales); }
 };
 
-/// Positions, from a multiple on, that one thread alone may store: packed ones share bytes with their neighbours.
+/// Positions, from a multiple of this on, that one thread alone may store: packed ones share bytes with neighbours.
 constexpr int kStoredTogether = 16;
 
 /// Stores one head's key or value at a position. Returns whether the cache's type can hold it.
 bool store_head(const Kernels& kn, const KvLayer& kv, bool is_key, int kv_head, int pos, const float* x, int head_dim,
                 const QuantizedHead& scratch);
 
-/// Says which number of a position's keys or values [n] does not fit, and what holds it; empty if all do.
+/// Returns a message about a number of a position's keys or values [n] that does not fit `type`, and a type that would
+/// hold it; empty if all fit.
 std::string misfit(const float* x, int n, KvType type, bool is_key);
 
 }  // namespace edgemoe

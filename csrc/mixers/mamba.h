@@ -6,7 +6,7 @@
 
 namespace edgemoe {
 
-/// What a layer keeps besides its matrices and its convolution; all [num_heads].
+/// A layer's parameters besides its matrices and its convolution; all [num_heads].
 struct MambaParts {
   MambaShape shape;
   const float* rate;  ///< a step's decay is exp(-rate * step)
@@ -14,6 +14,8 @@ struct MambaParts {
   const float* skip;
 };
 
+/// Runs the recurrence over T tokens.
+///
 /// x [T, heads * head_dim], b and c [T, groups * state_dim] lie in rows of `stride` floats. `step` [T, num_heads]
 /// becomes softplus(step + bias); `decay` [T, num_heads] is scratch. `before` [num_heads, state_dim, head_dim], or null
 /// for zeros, is the state before the tokens, and `state` becomes that after them; they may be the same. out [T,

@@ -15,7 +15,7 @@ void Rope::keep(int positions) {
 }
 
 void Rope::turn(int position, int i, float* cos, float* sin) const {
-  // The angle in float32, as transformers has it; its cosine in double, the same everywhere.
+  // The angle in float32, as transformers computes it; its cosine and sine in double, so that they agree everywhere.
   const float angle = float(position) * frequencies_[i];
   *cos = float(std::cos(double(angle))) * scale_;
   *sin = float(std::sin(double(angle))) * scale_;

@@ -1,4 +1,4 @@
-// Rotary positions: what turns queries and keys by where they stand.
+// Rotary position embeddings (RoPE), which turn queries and keys by their positions.
 #pragma once
 
 #include <cstddef>
@@ -9,27 +9,27 @@
 
 namespace edgemoe {
 
-/// Frequencies [half], and the cosines and sines of positions: for a pass, and, if asked, of all positions until now.
+/// Frequencies [half], and the cosines and sines of positions: for a pass, and after `keep` for all positions so far.
 /// One caller at a time.
 class Rope {
  public:
   /// `scale` multiplies cosines and sines.
   Rope(std::vector<float> frequencies, float scale) : frequencies_(std::move(frequencies)), scale_(scale) {}
 
-  /// From now on the first `positions` can be asked for again, see `tiles`. Throws std::invalid_argument unless above
-  /// 0.
+  /// Keeps the cosines and sines of the first `positions` positions from now on, see `tiles`. Throws
+  /// std::invalid_argument unless `positions` is above 0.
   void keep(int positions);
 
-  /// What keeping so many positions takes once all were seen.
+  /// Bytes that `kept` positions take once all of them were seen.
   static size_t bytes(int half, int kept) { return (size_t(kept) + 15) / 16 * tile_floats(half) * sizeof(float); }
 
   int half() const { return int(frequencies_.size()); }
 
-  /// cos and sin [T, half] of the positions from `pos` on; all before them too are in `tiles` afterwards. Throws
-  /// std::invalid_argument for more positions than are kept.
+  /// Writes cos and sin [T, half] of the positions from `pos` on; if positions are kept, `tiles` then has these and all
+  /// before them. Throws std::invalid_argument for positions beyond those that are kept.
   void angles(int pos, int T, float* cos, float* sin);
 
-  /// Tiles of 16 positions, each [half][cosines, sines][16]; null for a Rope that keeps none or not so many.
+  /// Tiles of 16 positions, each [half][cosines, sines][16]; null unless the first `positions` are kept and were seen.
   const float* tiles(int positions) const;
 
   static size_t tile_floats(int half) { return size_t(half) * 32; }

@@ -1,18 +1,18 @@
-// What the layers of a mixer are like, as processors and devices see it.
+// Shapes and variants of mixer layers, for the CPU and devices.
 #pragma once
 
 #include <cstdint>
 
 namespace edgemoe {
 
-/// A gate beside an RMS norm.
+/// How a gate and an RMS norm are combined.
 enum class Gate : uint8_t {
   kSilu,      ///< norm(x) * silu(gate): Gated DeltaNet
   kSigmoid,   ///< norm(x) * sigmoid(gate): Kimi Delta Attention
   kSiluFirst  ///< norm(x * silu(gate)): Mamba-2
 };
 
-/// How the decay a of a step comes from what a layer says of it, x, and its parameters.
+/// How the decay a of a step is computed from x, which a layer gives per step, and the layer's parameters.
 enum class Decay : uint8_t {
   kSoftplus,  ///< a = exp(-rate * softplus(x + bias))
   kBounded,   ///< a = exp(-5 * sigmoid(rate * (x + bias))), "safe gate" of Ling 3
@@ -29,7 +29,7 @@ struct DeltaShape {
   Decay decay;
 };
 
-constexpr float kLengthEps = 1e-6f;  ///< beside the squares of a query's or key's values
+constexpr float kLengthEps = 1e-6f;  ///< added to the sum of squares of a query or key
 
 struct MambaShape {
   int num_heads;
@@ -40,12 +40,12 @@ struct MambaShape {
 
 struct LatentShape {
   int num_heads;
-  int nope_dim;    ///< columns of a head's query that no position turns
-  int rope_dim;    ///< those behind, of a position's key too
+  int nope_dim;    ///< columns of a head's query that are not turned by the position
+  int rope_dim;    ///< the columns after these, which are; also those of a position's key
   int latent_dim;  ///< a multiple of 16
   float scale;     ///< multiplies q · k
-  bool rotates;    ///< the parts for it are turned; else they are what they are
-  int grow_every;  ///< from every so many positions on, scores are scaled by 1 + growth * log(1 + how many times)
+  bool rotates;    ///< whether the rope_dim columns are really turned; some models leave them as they are
+  int grow_every;  ///< scores at position p are multiplied by 1 + growth * log(1 + floor(p / grow_every))
   float growth;    ///< 0 for never
 };
 
