@@ -9,7 +9,7 @@
 namespace edgemoe {
 namespace {
 
-/// A function of a plug-in. Throws DeviceError.
+/// Returns a function of a plug-in. Throws DeviceError.
 template <class F>
 F* function_of(const std::string& path, const char* name) {
   void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);

@@ -1,4 +1,4 @@
-// Finds a device behind a plug-in: a shared library that is opened only when one is asked for.
+// Opens devices through a plug-in: a shared library that is loaded only when a device is asked for.
 #pragma once
 
 #include <memory>
@@ -8,7 +8,7 @@
 
 namespace edgemoe {
 
-/// What a plug-in says. Throws nothing: one that cannot be opened, or is of another abi, says so in `why_not`.
+/// Returns what a plug-in reports. Throws nothing: if it cannot be opened, or has another ABI, `why_not` says so.
 BackendProbe probe_backend(const std::string& path) noexcept;
 
 /// Opens a device of a plug-in, which stays loaded. Throws DeviceError with the reason.

@@ -1,4 +1,4 @@
-// What the core asks of a device. Nothing of CUDA in here: a plug-in implements it, see device/backend.h.
+// The interface of a device. It knows nothing of CUDA: a plug-in implements it, see device/backend.h.
 #pragma once
 
 #include <cstddef>
@@ -10,13 +10,13 @@
 
 namespace edgemoe {
 
-/// Grows with every change of this file or of kernels.h that a plug-in can see.
+/// Incremented with every change of this file or of kernels.h that a plug-in can see.
 constexpr int kBackendAbi = 4;
 
-enum class Room : uint8_t { kDevice, kPinned };  ///< pinned memory is the host's, and copies from it need no waiting
+enum class Room : uint8_t { kDevice, kPinned };  ///< pinned memory is the host's; its copies are asynchronous
 
 constexpr int kCompute = 0, kCopy = 1, kNumQueues = 2;  ///< queues: kernels run on the first
-constexpr int kMostHeadDim = 640;                       ///< that a device's attention knows, latents too
+constexpr int kMostHeadDim = 640;                       ///< that a device's attention supports, also for latents
 
 /// A point in a queue that others can wait for.
 using Fence = uint32_t;
@@ -26,7 +26,7 @@ struct DeviceInfo {
   int major, minor;  ///< compute capability
   int num_processors;
   size_t total_bytes, free_bytes;
-  bool is_unified;  ///< its memory is the host's
+  bool is_unified;  ///< whether device and host share one memory
 };
 
 /// Rows of activations in 8 bits that a kernel writes; see QuantizedRows.
@@ -39,8 +39,8 @@ struct QuantizedBuffer {
   QuantizedRows rows() const { return {codes, scales, sums, tiles}; }
 };
 
-/// Rows [n, cols] of activations. Row i is row rows[i] of x, where `rows` is given; x is [tokens, heads] rows and n all
-/// of them, head after head, where there are several; else it is row i.
+/// Rows [n, cols] of activations. If `rows` is given, row i is row rows[i] of x. With several heads, x has a row per
+/// token and head, and the n rows are all of these, ordered by head. Else row i is row i of x.
 struct RowsCall {
   const float* x;
   int n, cols;
@@ -61,14 +61,15 @@ struct Product {
   float* y;
   int n;
   int stride;
-  const float* bias = nullptr;     ///< [rows], added at last
+  const float* bias = nullptr;     ///< [rows], added at the end
   const RankRow* ranks = nullptr;  ///< [n], where the matrix has a correction
-  /// Matrices that are stacked: that of head h is for rows h * n on of x, and makes y[token, h * head_stride] on.
+  /// With several heads, w is their matrices stacked: that of head h takes rows h * n on of x and writes columns h *
+  /// head_stride on of y.
   int heads = 1;
   int head_stride = 0;
 };
 
-/// out [n] = what `quantize_ranks` makes of u and V x.
+/// out [n] = `quantize_ranks` of u and V x.
 struct RanksCall {
   const int8_t* basis;
   int rank;
@@ -77,36 +78,37 @@ struct RanksCall {
   RankRow* out;
 };
 
-/// What becomes of the queries, keys or values of one head; null pointers where there is nothing to do.
+/// How the heads of queries, keys or values are prepared; null pointers for steps that are left out.
 struct HeadChange {
   float* x;           ///< [T, num_heads * head_dim], changed in place
   const float* bias;  ///< [num_heads * head_dim]
   const float* norm;  ///< [head_dim]
   int num_heads;
   bool rotate;
-  bool norm_last;  ///< after the rotation, and not before the clip
+  bool norm_last;  ///< the norm comes after the rotation, not before the clip
 };
 
-/// Of a layer's attention, all that is done before scores are computed.
+/// All that a layer's attention does before scores are computed.
 struct HeadsCall {
   HeadChange q, k, v;
   const float *cos, *sin;  ///< [T, rope_dim / 2]
-  const float* grown;      ///< [T]: what queries are multiplied with at last, or null
+  const float* grown;      ///< [T]: by what queries are multiplied last, or null
   int head_dim, rope_dim;
   float norm_eps, clip;  ///< 0 for no clip
   KvLayer kv;            ///< keys and values are stored at positions [pos, pos + T)
   int pos;
   int layer;
   uint64_t* misfit;              ///< lowered to `Misfit::code` of a key or value that the cache cannot hold
-  const int32_t* now = nullptr;  ///< added to `pos`, if given: what work that is repeated is told anew
+  const int32_t* now = nullptr;  ///< added to `pos`, if given: so that recorded work can be repeated at other positions
 };
 
+/// Attention to stored keys and values.
 struct AttendCall {
   const float* q;  ///< [T, heads * head_dim]
   KvLayer kv;
   AttentionShape shape;
   int pos;
-  const float* out_bias;         ///< [kv_heads * head_dim] or null: what values lack
+  const float* out_bias;         ///< [kv_heads * head_dim] or null: the bias that stored values leave out
   const float* sinks;            ///< [heads] or null
   float* parts;                  ///< scratch [T, blocks, heads, value_stride + 2]
   float* out;                    ///< [T, heads * head_dim], of latents [T, heads * value_stride]
@@ -119,11 +121,11 @@ static constexpr int first_seen(const AttentionShape& s, int position) {
   return begin > window ? begin : window;
 }
 
-/// Of latent attention, the same as `HeadsCall`.
+/// The same as `HeadsCall` for latent attention.
 struct LatentsCall {
   LatentShape shape;
   const float* q;   ///< [T, heads * (nope + rope)]
-  float* absorbed;  ///< [T, heads * (latent + rope)], gets the last columns
+  float* absorbed;  ///< [T, heads * (latent + rope)], whose last columns are written
   float* keys;      ///< [T, latent + rope], changed in place
   const float* norm;
   float norm_eps;
@@ -164,25 +166,25 @@ struct MambaCall {
 
 constexpr int kMostPosted = 4;
 
-/// What a kernel sends to the host's pinned memory: words of some arrays, one after the other, and at last a number
-/// that says that they are there.
+/// What a kernel sends to the host's pinned memory: the words of some arrays, one array after the other, and last a
+/// number that says that they have arrived.
 struct PostCall {
   const uint32_t* from[kMostPosted];
   int sizes[kMostPosted];  ///< 0 for none
   uint32_t* to;
   uint32_t* turn;
-  const uint32_t* number;  ///< the host's too, read when the kernel runs
+  const uint32_t* number;  ///< also in the host's memory, read when the kernel runs
 };
 
-constexpr int kMostRouted = 1024, kMostChosen = 32, kMostGroups = 32;  ///< that `choose` knows
+constexpr int kMostRouted = 1024, kMostChosen = 32, kMostGroups = 32;  ///< limits of `Device::choose`
 
-/// Whether `choose` knows a rule.
+/// Whether `Device::choose` supports a rule.
 constexpr bool is_known(const RouteRule& r) {
   return r.num_experts <= kMostRouted && r.top_k <= kMostChosen && r.groups <= kMostGroups &&
          r.scoring != Scoring::kSparseMixer;
 }
 
-/// See choose in dense.h; scores are what is left of logits.
+/// See choose in dense.h; here the logits are left as they are.
 struct ChooseCall {
   RouteRule rule;
   const float* logits;  ///< [T, num_experts]
@@ -194,20 +196,21 @@ struct ChooseCall {
 
 /// Products of one token with matrices of the experts that were chosen for it.
 struct ChosenCall {
-  const NestedMatrix* table;  ///< [num_experts, 3]: gate, up and down, of which `parts` from the `first` on
+  const NestedMatrix* table;  ///< [num_experts, 3]: gate, up and down, of which `parts` from `first` on are used
   const int32_t* experts;     ///< [count]
   int count, first, parts;
-  QuantizedRows x;  ///< one row for all, or one for each
+  QuantizedRows x;  ///< one row for all experts if `is_shared`, else one for each
   bool is_shared;
   int rows;              ///< of each matrix
   float* y[2];           ///< of each part [count, rows]
   const float* bias[2];  ///< of each part [num_experts, rows], or null
 };
 
-/// What multiplies the heads of attention: sigmoid by element; sigmoid or softplus by head.
+/// The gate that multiplies the heads of attention: sigmoid per element, or sigmoid or softplus per head.
 enum class HeadGate : uint8_t { kSigmoid, kSigmoidHead, kSoftplusHead };
 
-/// A key or value that did not fit, as one number: the first layer, row, key before value, largest magnitude is lowest.
+/// A key or value that did not fit. `code` orders them: the lowest is of the first layer, then of the first row, then a
+/// key rather than a value, then of the largest magnitude.
 struct Misfit {
   int layer, row;
   bool is_value;
@@ -223,8 +226,8 @@ struct Misfit {
 };
 
 /// One device. Calls come from one thread at a time and return before the work is done, unless they say that they
-/// wait; work that failed is thrown as DeviceError by a later call. Addresses are the device's, unless a name says
-/// otherwise. Shapes and numerics are those of kernels.h, dense.h and mixers/attention.h, bit for bit.
+/// wait; if work fails, a later call throws DeviceError. Addresses are of device memory, unless a name says otherwise.
+/// Shapes and numerics are those of kernels.h, dense.h and mixers/attention.h, bit for bit.
 class Device {
  public:
   virtual ~Device() = default;
@@ -235,8 +238,8 @@ class Device {
   virtual void* alloc(size_t bytes, Room room) = 0;
   /// Waits for all work.
   virtual void free(void* p, Room room) noexcept = 0;
-  /// Lets kernels read memory that is the host's, all of it resident, until it is taken back; returns where it is for
-  /// them. Only where both have one memory is that as fast as the device's own.
+  /// Lets kernels read host memory, all of it resident, until `take_back`. Returns its address for kernels. As fast as
+  /// device memory only where device and host share one memory.
   virtual const void* lend(void* host, size_t) { return host; }
   /// Waits for all work.
   virtual void take_back(void*) noexcept {}
@@ -248,40 +251,41 @@ class Device {
 
   virtual Fence make_fence() = 0;
   virtual void record(Fence fence, int queue) = 0;
-  /// The queue waits for what was recorded last, the caller does not.
+  /// Makes the queue wait for what the fence recorded last; the caller does not wait.
   virtual void wait(int queue, Fence fence) = 0;
   virtual bool is_done(Fence fence) = 0;
   /// Waits.
   virtual void sync(Fence fence) = 0;
-  /// Between looks at pinned memory that a kernel writes: finds a fault, and lets a simulated device go on. Returns
-  /// whether the queue kCompute has work left. A host must never look without it.
+  /// Must be called whenever the host polls pinned memory that a kernel writes: it reports faults, and lets a simulated
+  /// device go on. Returns whether the queue kCompute has work left.
   virtual bool progress() = 0;
 
-  /// Between the two, kernels of kCompute are noted instead of run, and nothing else may be asked for. Returns a
-  /// number for `repeat`.
+  /// Between these two, kernels on kCompute are recorded instead of run, and nothing else may be called. The second
+  /// returns a number for `repeat`.
   virtual void begin_noting() = 0;
   virtual int end_noting() = 0;
-  /// Queues what was noted, as it was told then.
+  /// Queues what was recorded, with the arguments that it had then.
   virtual void repeat(int noted) = 0;
   virtual void forget(int noted) noexcept = 0;
 
   // ---------------------------------------------------------------- kernels, on the queue kCompute
 
   virtual void quantize_rows(const RowsCall& x, const QuantizedBuffer& out) = 0;
-  /// Of what `kind` makes of gate and up [n, cols], which `hidden` gets too if it is given; it may be up.
+  /// Quantises the activation `kind` of gate and up [n, cols]. `hidden`, if given, gets the unrounded values; it may be
+  /// up.
   virtual void quantize_hidden(Activation kind, const float* gate, const float* up, int n, int cols,
                                const QuantizedBuffer& out, float* hidden) = 0;
-  /// `list` is the host's.
+  /// `list` is in host memory.
   virtual void ranks(const RanksCall* list, int count) = 0;
-  /// `list` is the host's.
+  /// `list` is in host memory.
   virtual void products(const Product* list, int count) = 0;
   /// y [n, rows] = x [n, cols] times w [rows, cols], float32.
   virtual void matmul_f32(const float* w, const float* x, int n, int rows, int cols, float* y) = 0;
-  /// out = RMS norm of x, to which scale * added is added first, if given. out may be x without `added`.
+  /// out = RMS norm of x, to which scale * added is added first, if given. Without `added`, out may be x.
   virtual void norm_rows(float* x, const float* added, float scale, const float* weight, float eps, int n, int cols,
                          float* out) = 0;
   virtual void prepare_heads(const HeadsCall& call, int T) = 0;
-  /// `call.parts` has room for `blocks` of the positions that any of the T queries sees.
+  /// `blocks` is the number of blocks of positions that any of the T queries sees; `call.parts` has room for them.
   virtual void attend(const AttendCall& call, int T, int blocks) = 0;
   virtual void choose(const ChooseCall& call, int T) = 0;
   virtual void chosen_products(const ChosenCall& call) = 0;
@@ -293,11 +297,11 @@ class Device {
                         float* out) = 0;
   virtual void add_bias(const float* bias, int T, int cols, float* out) = 0;
   virtual void scale(float factor, size_t n, float* out) = 0;
-  /// out [n] *= factors [size], over and over.
+  /// out [n] *= factors [size], which are repeated over and over.
   virtual void multiply(const float* factors, size_t size, size_t n, float* out) = 0;
   /// out [T, cols] = x times gates [T].
   virtual void weigh(const float* x, const float* gates, int T, int cols, float* out) = 0;
-  /// x [T, heads * width]; gate [T, heads], or as x.
+  /// x [T, heads * width] *= the gate's function of gate [T, heads], or of the shape of x.
   virtual void gate_heads(float* x, const float* gate, HeadGate kind, int T, int heads, int width) = 0;
   /// See mixers/gated_norm.h.
   virtual void gated_norm(float* x, const float* gate, const float* weight, bool weight_per_group, float eps, Gate kind,
@@ -311,18 +315,18 @@ class Device {
   virtual void post(const PostCall& call) = 0;
 };
 
-/// What a plug-in says of itself and of the machine.
+/// What a plug-in reports about itself and the machine.
 struct BackendProbe {
   int abi;
   int num_devices;
   int driver, runtime;  ///< versions as CUDA numbers them, 12020 for 12.2; 0 for no driver
-  char why_not[256];    ///< why there are no devices; empty if there are some
+  char why_not[256];    ///< why there are no devices; empty if there are any
 };
 
 extern "C" {
 /// Needs no driver and throws nothing.
 using ProbeBackend = void(BackendProbe*);
-/// Null when it fails, and the reason in `error`.
+/// Returns null when it fails, with the reason in `error`.
 using OpenDevice = Device*(int ordinal, char* error, size_t size);
 }
 constexpr char kProbeName[] = "edgemoe_backend_probe", kOpenName[] = "edgemoe_backend_open";

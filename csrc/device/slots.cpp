@@ -34,7 +34,7 @@ class DeviceBacking : public Backing {
     std::exception_ptr failed;
     try {
       const uint8_t* from = host_.record(what.expert, what.to);
-      // Slots are taken whole, and so are the cache's bytes of any level: what is copied is that of the rungs.
+      // Slots are whole windows, so `what` has a whole window's bytes for any level; only the rungs' bytes are copied.
       const size_t begin = end_of(what.from), end = end_of(what.to);
       if (!from) throw DeviceError("expert " + std::to_string(what.expert) + " left the cache below too early");
       Device& device = space_->device();
@@ -111,13 +111,13 @@ class SharedBacking : public Backing {
   void reserve(int num_experts, int num_slots, size_t window) override {
     from_->reserve(num_experts, num_slots, window);
     const size_t bytes = size_t(num_slots) * window;
-    std::memset(base(), 0, bytes);  // a page that is not there cannot be lent
+    std::memset(base(), 0, bytes);  // a page that is not resident cannot be lent
     there_ = static_cast<const uint8_t*>(space_->device().lend(base(), bytes));
   }
   void expect_all(bool) override {}
 
   bool fetch(const Fetch& what) override {
-    try {  // or a kernel would read what comes next in this slot
+    try {  // else a queued kernel would read the next expert in this slot
       space_->device().record(computed_, kCompute);
       space_->device().sync(computed_);
     } catch (...) {

@@ -43,7 +43,7 @@ void* DeviceSpace::alloc(size_t bytes) {
 }
 
 void DeviceSpace::free(void* p, size_t bytes) noexcept {
-  if (is_noting_) return left_.push_back({p, bytes});  // Python's collector comes when it likes
+  if (is_noting_) return left_.push_back({p, bytes});  // Python's garbage collector may run at any time
   device_->free(p, Room::kDevice);
   stats_.used_bytes -= taken(bytes);
 }
@@ -109,7 +109,7 @@ bool DeviceSpace::fits_mailbox(const std::vector<Fetch>& what) {
 
 bool DeviceSpace::post(const std::vector<Fetch>& what) {
   if (!uses_mailbox_ || !fits_mailbox(what)) return false;
-  if (is_posted_ && !is_noting_) wait_for_post();  // the kernel that sent it looks for its number when it runs
+  if (is_posted_ && !is_noting_) wait_for_post();  // the kernel that sends it reads its number only when it runs
   PostCall call{};
   for (size_t i = 0; i < what.size(); ++i) {
     call.from[i] = static_cast<const uint32_t*>(what[i].from);
@@ -129,9 +129,9 @@ bool DeviceSpace::post(const std::vector<Fetch>& what) {
 }
 
 void DeviceSpace::wait_for_post() {
-  is_posted_ = false;  // also where it never comes
+  is_posted_ = false;  // even if it never arrives
   const auto is_there = [&] { return __atomic_load_n(turn_of_mail_, __ATOMIC_ACQUIRE) == turn_of_mail_[1]; };
-  constexpr int kLooks = 64;  // a question to the driver takes as long as so many
+  constexpr int kLooks = 64;  // a call to the driver takes as long as so many looks
   for (int looks = 1; !is_there(); ++looks) {
     if (looks % kLooks || device_->progress() || is_there()) continue;
     throw DeviceError("the device has nothing left to do, and what it was to send is not there");

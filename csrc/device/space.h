@@ -1,4 +1,4 @@
-// What one engine takes of a device: its memory, inside a budget, and the traffic with it.
+// One engine's share of a device: memory inside a budget, and the transfers to and from it.
 #pragma once
 
 #include <memory>
@@ -11,18 +11,18 @@
 
 namespace edgemoe {
 
-/// Each is right by itself, also while another thread uses the device.
+/// Counters of a device. Each is right by itself, even while another thread uses the device.
 struct SpaceStats {
   Relaxed<size_t> used_bytes, peak_bytes, budget_bytes;
   Relaxed<uint64_t> bytes_in, bytes_out;  ///< copied to the device and from it
 };
 
-/// Bytes per second: over the link to the device, and of reading and writing its memory together.
+/// Bytes per second: over the link to the device, and of its memory, with reads and writes added up.
 struct DeviceRates {
   double link, memory;
 };
 
-/// Owns an open device. One thread at a time.
+/// An open device, its memory budget and its transfers. One thread at a time.
 class DeviceSpace {
  public:
   DeviceSpace(std::unique_ptr<Device> device, size_t budget_bytes);
@@ -32,56 +32,56 @@ class DeviceSpace {
 
   Device& device() { return *device_; }
 
-  /// Changes what may be taken from now on.
+  /// Changes the budget; what is taken already stays.
   void limit(size_t budget_bytes) { stats_.budget_bytes = budget_bytes; }
 
-  /// Device memory. Throws OutOfBudget above the budget, and when the device has no room.
+  /// Returns device memory. Throws OutOfBudget above the budget, and when the device has no room.
   void* alloc(size_t bytes);
   void free(void* p, size_t bytes) noexcept;
-  /// What `bytes` take: whole units of the device's addresses.
+  /// Bytes of the budget that an allocation of `bytes` takes: whole units of the device.
   static constexpr size_t taken(size_t bytes) { return (bytes > 0 ? (bytes + kUnit - 1) / kUnit : 1) * kUnit; }
 
-  /// Queues copies, on `queue`; `from` may change as soon as this returns.
+  /// Queues copies on `queue`; `from` may change as soon as this returns.
   void upload(void* to, const void* from, size_t n, int queue = kCompute);
 
   struct Fetch {
     void* to;
-    const void* from;  ///< of the device
+    const void* from;  ///< in device memory
     size_t n;
   };
-  /// Waits for all kernels before, and copies what they have made. What is small comes through a mailbox: a kernel
-  /// writes it to the host's memory, where the host looks for it.
+  /// Waits for all kernels queued before, and copies their results to the host. Small results come through a mailbox: a
+  /// kernel writes them to host memory, which the host polls.
   void download(const std::vector<Fetch>& what);
-  /// The first half of `download` through the mailbox: queues that what kernels have made by then is sent. False, and
-  /// nothing is queued, for what does not fit or without a mailbox.
+  /// The first half of `download` through the mailbox: queues a kernel that sends the results of those before it.
+  /// Returns false, and queues nothing, if `what` does not fit or the mailbox is off.
   bool post(const std::vector<Fetch>& what);
-  /// The second: waits for what was posted last, and copies it to `what`, of which only `to` and `n` count.
+  /// The second half: waits for what was posted last, and copies it to `what`, of which only `to` and `n` are used.
   void collect(const std::vector<Fetch>& what);
-  /// Copies `bytes` to the device over the link, and as many within its memory, which has room for twice as many.
-  /// Waits. Throws OutOfBudget.
+  /// Measures rates by copying `bytes` to the device over the link, and as many within its memory; takes twice as many
+  /// of its bytes meanwhile. Waits. Throws OutOfBudget.
   DeviceRates measure(size_t bytes);
 
-  /// Switches the mailbox on or off; what comes is the same.
+  /// Switches the mailbox on or off; results are the same.
   void use_mailbox(bool yes) { uses_mailbox_ = yes; }
 
-  /// See Device. While work is noted memory may neither be taken nor copied, and what is given back is freed after.
+  /// See Device. While work is recorded, memory may be neither taken nor copied, and what is given back is freed later.
   void begin_noting();
   int end_noting();
-  /// Returns whether it posts something.
+  /// Queues recorded work again. Returns whether it posts something.
   bool repeat(int noted);
   void forget(int noted) noexcept;
 
   SpaceStats stats() const { return stats_; }
 
  private:
-  /// Without anything yet, so that what is taken before the other constructor fails is given back.
+  /// Takes nothing yet. The other constructor delegates to it, so that the destructor runs if that one fails halfway.
   explicit DeviceSpace(std::unique_ptr<Device> device) : device_(std::move(device)) {}
 
   static constexpr size_t kUnit = 512;
   static constexpr int kPieces = 4;
   static constexpr size_t kPieceBytes = size_t(1) << 20;
 
-  /// A pinned buffer, and when its copy is done.
+  /// A pinned buffer, and the fence of its last copy.
   struct Piece {
     uint8_t* bytes = nullptr;
     Fence done{};
@@ -95,18 +95,18 @@ class DeviceSpace {
   std::vector<Piece> pieces_;
   size_t turn_ = 0;
   static constexpr size_t kMailBytes = size_t(1) << 16;
-  uint32_t* mail_ = nullptr;  ///< kMailBytes, the number of what is there, and that of what is sent next
+  uint32_t* mail_ = nullptr;  ///< kMailBytes, then two numbers: of the mail that has arrived, and of that sent next
   uint32_t* turn_of_mail_ = nullptr;
-  bool is_posted_ = false;  ///< and not collected
+  bool is_posted_ = false;  ///< something is posted and not collected
   bool is_noting_ = false;
   int noted_posts_ = 0;
-  std::vector<std::pair<void*, size_t>> left_;  ///< memory that was given back while work is noted
-  std::vector<int> posts_;                      ///< of what was noted, by its number
+  std::vector<std::pair<void*, size_t>> left_;  ///< memory that was given back while work is recorded
+  std::vector<int> posts_;                      ///< how often recorded work posts, by its number
   bool uses_mailbox_ = true;
   SpaceStats stats_;
 };
 
-/// Device memory that somebody owns. Move-only.
+/// An owned range of device memory. Move-only.
 class DeviceMemory {
  public:
   DeviceMemory() = default;

@@ -18,7 +18,7 @@ DeviceStream::DeviceStream(std::shared_ptr<DeviceSpace> space, size_t window)
 }
 
 ExpertView DeviceStream::bring(const Cache& host, int expert, int level) {
-  ExpertView view = host.view(expert, level);  // throws unless it is there and stays
+  ExpertView view = host.view(expert, level);  // throws unless it is pinned
   const int rungs = view.up.num_rungs;
   const uint8_t* const from = host.record(expert, rungs);
   const size_t n = host.shape().ends[size_t(rungs) - 1];

@@ -6,22 +6,22 @@
 
 namespace edgemoe {
 
-/// Two places for an expert: kernels read one while the other is copied to. One thread at a time.
+/// Two buffers for an expert: kernels read one while the other is copied to. One thread at a time.
 class DeviceStream {
  public:
   /// `window` bytes hold any expert. Throws OutOfBudget.
   DeviceStream(std::shared_ptr<DeviceSpace> space, size_t window);
 
-  /// What it takes of a device.
+  /// Bytes that it takes of a device.
   static size_t bytes(size_t window) { return DeviceSpace::taken(kPlaces * window); }
 
-  /// Copies an expert, of which `host` has `level` pinned, behind the kernels that read what was in its place. Kernels
-  /// that are queued from now on find it, until `leave`.
+  /// Copies an expert that is pinned in `host` at `level`, after the kernels that read the expert before it in the same
+  /// buffer. Kernels that are queued from now on can read it, until `leave`.
   ExpertView bring(const Cache& host, int expert, int level);
-  /// The kernels that read what was brought are queued.
+  /// Says that all kernels that read the expert are queued.
   void leave();
 
-  /// Bytes per second of such copies, measured by some. Waits.
+  /// Measures the bytes per second of such copies. Waits.
   double measure();
 
   uint64_t bytes_in() const { return bytes_in_; }

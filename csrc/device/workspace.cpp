@@ -13,7 +13,7 @@
 namespace edgemoe {
 namespace {
 
-constexpr size_t kPartsFloats = size_t(1) << 18;  ///< of attention's scratch, beside what one token needs
+constexpr size_t kPartsFloats = size_t(1) << 18;  ///< floats of attention's scratch beyond what one token needs
 
 size_t quantized_bytes(int rows, int cols) {
   return size_t(rows) * blocks(cols, kTileCols) * (kTileCols + (kScales + kSums) * sizeof(float));
@@ -26,13 +26,13 @@ size_t parts_floats(const WorkspaceShape& s) {
   return part * size_t(blocks(s.max_context, kKeyBlock) + 1) + kPartsFloats;
 }
 
-/// Rows that matrices with corrections have at once: of a few with the same input, or of each head by itself.
+/// The most rows for corrections at once: those of a few matrices with the same input, or those of all heads.
 int most_ranks(const WorkspaceShape& s) {
   constexpr int kTogether = 5;
   return std::max(kTogether * most_rows(s), s.max_rows * s.num_heads);
 }
 
-/// What each of the scratch arrays takes.
+/// Bytes of each scratch array.
 std::vector<size_t> sizes(const WorkspaceShape& s, int max_routed, bool corrected) {
   const size_t ffn = size_t(Workspace::kFfnRows) * s.max_hidden * sizeof(float);
   return {quantized_bytes(most_rows(s), s.max_cols),
@@ -42,11 +42,11 @@ std::vector<size_t> sizes(const WorkspaceShape& s, int max_routed, bool correcte
           parts_floats(s) * sizeof(float),
           size_t(std::max(2 * max_routed, Workspace::kFfnRows)) * sizeof(int32_t),
           size_t(std::max(max_routed, s.max_rows)) * sizeof(float),
-          2 * sizeof(uint64_t),  // the misfit, and the place
+          2 * sizeof(uint64_t),  // the misfit, and the position
           corrected ? size_t(most_ranks(s)) * sizeof(RankRow) : 0};
 }
 
-/// Throws std::invalid_argument for a matrix of which its kernels know nothing.
+/// Throws std::invalid_argument for a matrix that devices have no kernels for.
 void check_known(const NestedMatrix& w) {
   if (w.scheme != Scheme::kNested && w.scheme != Scheme::kMwq) {
     throw std::invalid_argument("device: matrices of this scheme are the CPU's");
@@ -291,7 +291,7 @@ void DeviceWorkspace::attention(float* q, float* k, float* v, int T, int pos, co
     d.norm_rows(change->x, nullptr, 0, change->norm, p.norm_eps, T, cols, change->x);
     change->bias = change->norm = nullptr;
   }
-  const float* out_bias = nullptr;  // what values in 8 bits lack; their weights sum to 1
+  const float* out_bias = nullptr;  // left out of values in 8 bits and added to the result: weights sum to 1
   if (kv.value_type == KvType::kQ8 && !(p.clip > 0) && !p.v_norm) std::swap(heads.v.bias, out_bias);
   note_types(p.layer, kv);
   d.prepare_heads(heads, T);

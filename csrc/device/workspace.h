@@ -1,6 +1,6 @@
-// A device's operations: what dense.h, expert.h and mixers/attention.h are on a CPU, as queues of kernels.
+// The operations of dense.h, expert.h and mixers/ on a device, as queued kernels.
 //
-// All arrays are the device's unless a name says otherwise. What is given as a host's array may change as soon as the
+// All arrays are in device memory unless a comment says otherwise. An array in host memory may change as soon as the
 // call returns.
 #pragma once
 
@@ -21,11 +21,11 @@ namespace edgemoe {
 /// The scratch of one engine on a device. One caller at a time.
 class DeviceWorkspace {
  public:
-  /// `max_routed` is the most pairs of a token and an expert of a chunk; `corrected` says that matrices may have
-  /// corrections. Throws std::invalid_argument for heads that its attention does not know, OutOfBudget.
+  /// `max_routed` is the most pairs of a token and an expert in a chunk; `corrected` says that matrices may have
+  /// corrections. Throws std::invalid_argument for heads wider than kMostHeadDim, and OutOfBudget.
   DeviceWorkspace(std::shared_ptr<DeviceSpace> space, const WorkspaceShape& shape, int max_routed, bool corrected);
 
-  /// What it takes of a device.
+  /// Bytes that it takes of a device.
   static size_t bytes(const WorkspaceShape& shape, int max_routed, bool corrected);
 
   DeviceSpace& space() { return *space_; }
@@ -37,12 +37,12 @@ class DeviceWorkspace {
   /// See linear_heads.
   void linear_heads(const HeadRows& x, const NestedMatrix& w, int T, int heads, float* out, int out_stride);
 
-  /// See run_ffns; the uses' tokens are the host's. Gates and ups whose corrections have no V of their own take that of
+  /// See run_ffns; the uses' tokens are in host memory. Gates and ups whose corrections have no V of their own use
   /// `basis`.
   void ffns(const float* x, int T, Activation activation, const std::vector<FfnUse>& uses,
             const int8_t* basis = nullptr);
 
-  /// See attention.h. What a key or value that does not fit throws is thrown by `download`.
+  /// See attention.h. The error for a key or value that does not fit is thrown by `download`.
   void attention(float* q, float* k, float* v, int T, int pos, const AttentionParts& parts, const KvLayer& kv,
                  float* out);
 
@@ -50,7 +50,7 @@ class DeviceWorkspace {
   void latent_attention(const float* q, float* absorbed, float* keys, int T, int pos, const LatentParts& parts,
                         const KvLayer& kv, float* out);
 
-  /// See delta.h. The state before is another than that after.
+  /// See delta.h; `before` and `state` must not be the same.
   void delta_rule(const DeltaParts& parts, float* q, float* k, const float* v, size_t qkv_stride, float* decay,
                   float* beta, int T, const float* before, float* state, float* out);
 
@@ -58,24 +58,24 @@ class DeviceWorkspace {
   void mamba2(const MambaParts& parts, const float* x, const float* b, const float* c, size_t stride, float* step,
               float* decay, int T, const float* before, float* state, float* out);
 
-  /// out [T, cols] = x times gates [T], which are the host's.
+  /// out [T, cols] = x times gates [T], which are in host memory.
   void weigh(const float* x, const float* gates, int T, int cols, float* out);
 
-  /// `download`, and throws RangeError if a key or value did not fit since the last time.
+  /// `DeviceSpace::download`; throws RangeError if a key or value did not fit since the last time.
   void download(std::vector<DeviceSpace::Fetch> what);
 
   /// The halves of `download`, for what fits the mailbox: see DeviceSpace.
   bool post(std::vector<DeviceSpace::Fetch> what);
   void collect(std::vector<DeviceSpace::Fetch> what);
 
-  /// Says where the token is with which work is noted or repeated from now on, at `pos`.
+  /// Sets the position of the token for which work is recorded or repeated from now on.
   void place(int pos);
-  /// See DeviceSpace. Attention that is noted has the place of each time it is repeated, which must be in the same
-  /// block of positions, and see as many.
+  /// See DeviceSpace. Recorded attention runs at the position of each repetition, which must be in the same block of
+  /// positions, and see as many blocks.
   void begin_noting();
   int end_noting();
 
-  /// The FFN of the experts that `choose` chose for one token x [cols], and what their gates make of it: out [cols].
+  /// The experts that `choose` chose for one token.
   struct Chosen {
     const NestedMatrix* table;  ///< [num_experts, 3], without corrections
     const int32_t* experts;     ///< [count]
@@ -83,9 +83,10 @@ class DeviceWorkspace {
     int count, hidden, cols;
     const float* biases[3];  ///< of gate, up and down [num_experts, hidden or cols], or null
   };
+  /// out [cols] = the FFNs of these experts on x [cols], weighted by their gates; parts [count, cols] is scratch.
   void chosen_ffn(const float* x, Activation activation, const Chosen& chosen, float* parts, float* out);
 
-  /// parts is the device's, rows and gates the host's.
+  /// See `combine` in expert.h; parts is in device memory, rows and gates are in host memory.
   void combine(const float* parts, const int32_t* rows, const float* gates, int T, int K, int cols, float* out);
 
  private:
@@ -95,13 +96,13 @@ class DeviceWorkspace {
     int row;           ///< of scratch
   };
   void ffn_batch(const float* x, int T, Activation activation, const std::vector<Piece>& pieces, const int8_t* basis);
-  /// Rows for the corrections of what comes next; throws std::invalid_argument when there are too few.
+  /// Takes scratch for the corrections of n rows; throws std::invalid_argument when too little is left.
   RankRow* take_ranks(int n);
-  /// Of all queries of a pass, as the host computes it: what each is multiplied with at last. Null for nothing.
+  /// By what each query of a pass is multiplied last, [T], computed by the host as on a CPU; null for nothing.
   const float* grown(int T, int pos, int late, float growth, int every);
-  /// Attends with queries that were prepared, as many at once as scratch has room for.
+  /// Attends with queries that were prepared, as many at once as the scratch has room for.
   void attend(AttendCall call, int T);
-  /// Copies a host's array to `to`, for kernels that are queued from now on.
+  /// Copies an array in host memory to `to`, for kernels that are queued from now on.
   template <class T>
   const T* lend(const DeviceMemory& to, const T* from, size_t n);
   static QuantizedBuffer buffer(const DeviceMemory& memory, int n, int cols);
@@ -112,7 +113,7 @@ class DeviceWorkspace {
   int max_ranks_, ranks_taken_ = 0;
   DeviceMemory activations_, hidden_, gate_, up_, parts_, rows_, gates_, misfit_, ranks_;
   bool is_noting_ = false;
-  /// Throws what a key or value that did not fit is.
+  /// Throws RangeError if `code` is of a key or value that did not fit.
   void look_at_misfit(uint64_t code);
   const int32_t* now() const { return is_noting_ ? reinterpret_cast<const int32_t*>(misfit_.as() + 8) : nullptr; }
   void note_types(int layer, const KvLayer& kv);
