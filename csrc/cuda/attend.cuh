@@ -6,8 +6,8 @@
 namespace edgemoe {
 namespace cuda {
 
-constexpr int kHeadQueries = 8;     ///< that share each load of a key or value, at most
-constexpr int kQueryFloats = 2048;  ///< of a block's queries; fewer of wide heads are shared
+constexpr int kHeadQueries = 8;     ///< the most queries that share each load of a key or value
+constexpr int kQueryFloats = 2048;  ///< floats of a block's queries; of wide heads fewer queries fit
 
 /// What a block of threads shares: some queries of one kv head, and their scores.
 struct Shared {
@@ -83,8 +83,8 @@ __device__ __forceinline__ float add_values(const float* weights, const uint8_t*
   return acc;
 }
 
-/// Of latents, whose leading columns are the values: column c of positions s, s + 16, ... below `to`, from the first
-/// that is at least `from`. A half warp has a column, and a lane every 16th position.
+/// The same for latents, whose leading columns are the values. A half warp sums column c, each lane over every 16th
+/// position of [from, to).
 template <KvType kType>
 __device__ __forceinline__ float add_latents(const float* weights, const uint8_t* head, int hs, int c, int from,
                                              int to) {
@@ -102,11 +102,11 @@ __device__ __forceinline__ float add_latents(const float* weights, const uint8_t
       acc = fmaf(weights[s - from] * half_to_float(__ldg(scales + s % 16)), code, acc);
     }
   }
-  return reduce16(acc) + 0.0f;  // as the CPU adds what is not seen
+  return reduce16(acc) + 0.0f;  // makes -0 +0, as on the CPU positions that are not seen add zeros
 }
 
-/// Grid: (blocks of positions, kv heads, tokens); of latents, whose one head all share, (blocks, groups of queries,
-/// tokens). A thread is a position for the scores and a column for the values.
+/// Grid: (blocks of positions, kv heads, tokens); for latents, whose one head all queries share, (blocks, groups of
+/// queries, tokens). A thread computes the scores of a position, then columns of the values.
 template <KvType kKeys, KvType kValues, bool kLatent>
 __global__ void __launch_bounds__(kKeyBlock, 2) attend(AttendCall call) {
   EDGEMOE_SHARED(float, query, kQueryFloats);
@@ -123,7 +123,7 @@ __global__ void __launch_bounds__(kKeyBlock, 2) attend(AttendCall call) {
   const int base = (first_seen(shape, pos) / kKeyBlock + int(blockIdx.x)) * kKeyBlock;
   const int from = max(first_seen(shape, position), base), to = min(position + 1, base + kKeyBlock);
   if (from >= to) return;                                         // the whole block
-  const int before = base / call.kv.capacity * call.kv.capacity;  // where a ring has the block: in earlier rounds
+  const int before = base / call.kv.capacity * call.kv.capacity;  // positions in earlier rounds of a ring
   const uint8_t* keys = call.kv.keys + kv_head * kv_head_bytes(kKeys, call.kv.capacity, hs);
   const uint8_t* values = kLatent ? keys : call.kv.values + kv_head * kv_head_bytes(kValues, call.kv.capacity, hs);
   const int vs = call.kv.value_stride, first = kLatent ? int(blockIdx.y) * most : 0;
@@ -179,7 +179,7 @@ __global__ void __launch_bounds__(kKeyBlock, 2) attend(AttendCall call) {
   }
 }
 
-/// A query's result of some blocks, at a column.
+/// One column of a query's result over some blocks.
 struct Merged {
   float value, top, sum;
 

@@ -1,4 +1,4 @@
-// Which experts a router's logits choose, and how much each counts: `choose` of dense.cpp, by a warp for each token.
+// The experts that a router's logits choose, and their gates: `choose` of dense.cpp, with a warp for each token.
 #pragma once
 
 #include "device/device.h"
@@ -7,18 +7,18 @@
 namespace edgemoe {
 namespace cuda {
 
-/// A value and whose it is; -1 for nobody's.
+/// A value and its index; -1 for none.
 struct Ranked {
   float value;
   int of;
 
-  /// Whether it comes before another: the higher one, and of those alike the lower.
+  /// Whether it ranks before another: the higher value does, and among equals the lower index.
   __device__ __forceinline__ bool is_before(const Ranked& other) const {
     return value > other.value || (value == other.value && of < other.of);
   }
 };
 
-/// The k highest of n values, best first, by one thread and in the CPU's way: it matters where values are no numbers.
+/// The k highest of n values, best first, by one thread in the CPU's way, which matters where values are NaN.
 __device__ __forceinline__ void highest_in_turn(const float* values, int n, int k, int32_t* chosen) {
   for (int e = 0, count = 0; e < n; ++e) {
     if (count == k && !(values[e] > values[chosen[k - 1]])) continue;
@@ -28,7 +28,7 @@ __device__ __forceinline__ void highest_in_turn(const float* values, int n, int 
   }
 }
 
-/// The same by a warp, which must come as a whole.
+/// The same by a warp, all of whose threads must call it.
 __device__ __forceinline__ void highest(const float* values, int n, int k, int32_t* chosen) {
   const int lane = threadIdx.x & 31;
   bool is_odd = false;
@@ -55,7 +55,7 @@ __device__ __forceinline__ void highest(const float* values, int n, int k, int32
   __syncwarp();
 }
 
-/// Of values by which experts are chosen, those outside the best groups become -infinity.
+/// Sets the values, by which experts are chosen, to -infinity outside the best groups.
 __device__ __forceinline__ void keep_groups(const RouteRule& rule, float* values, float* best, int32_t* pairs,
                                             int32_t* kept) {
   const int lane = threadIdx.x & 31, size = rule.num_experts / rule.groups;
@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(32) choose(ChooseCall call) {
     row[e] = call.bias ? fmaf(call.bias[e], 1.0f, logit) : logit;
   }
   __syncwarp();
-  const bool is_plain = !call.choice_bias && rule.groups == 1;  // logits are in the order of their scores
+  const bool is_plain = !call.choice_bias && rule.groups == 1;  // logits have the same order as the scores
   if (is_plain) highest(row, E, K, chosen);
   float top, sum;
   if (is_plain && rule.scoring == Scoring::kSoftmaxTopK) {

@@ -1,7 +1,7 @@
-// What a thread has of a tile: one row and 32 of its columns. Layouts are those of kernels/kernels.h.
+// A thread's part of a tile: 32 columns of one row. Layouts are those of kernels/kernels.h.
 //
-// A plane of 2 bits has a group of 16 columns of a row in one 32-bit word, a plane of 1 bit two groups: a warp reads a
-// tile in whole words, 64 bytes in a row, and needs neither a shuffle nor shared memory to take codes apart.
+// A plane of 2 bits has a group of 16 columns of a row in one 32-bit word, a plane of 1 bit two groups. So a warp reads
+// a tile in whole words, 64 consecutive bytes at a time, and needs neither shuffles nor shared memory to unpack codes.
 #pragma once
 
 #include "exact.cuh"
@@ -74,7 +74,7 @@ __device__ __forceinline__ void append_rung(const uint8_t* rung, int width, int 
   if (width & 1) append_plane<1>(rung, half, row, codes);
 }
 
-/// A prefix of the default ladder, whose rungs are one plane each: fields are shifted once, to where they belong.
+/// A prefix of the default ladder, whose rungs are one plane each: fields are shifted only once, to their final place.
 template <int... Widths>
 struct Rungs;
 
@@ -104,7 +104,7 @@ struct Rungs<W, More...> {
   __device__ __forceinline__ uint32_t codes(int step) const { return first.field(step, bits - W) | rest.codes(step); }
 };
 
-/// Walks every `stride`th tile of a row block, beginning with tile `first`.
+/// A cursor over every `stride`th tile of a row block, from tile `first` on.
 template <class R>
 struct LadderTiles {
   static constexpr int N = R::count;
@@ -138,7 +138,7 @@ struct LadderTiles {
   }
 };
 
-/// The same for any other ladder, decided at run time.
+/// The same for any other ladder, known only at run time.
 struct AnyTiles {
   const NestedMatrix& w;
   size_t tile;

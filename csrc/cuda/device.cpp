@@ -20,7 +20,7 @@ namespace {
 
 void check(cudaError_t e, const char* call) {
   if (e == cudaSuccess) return;
-  cudaGetLastError();  // or the next call would find it again, where it can go on
+  cudaGetLastError();  // clears it: else the next call would report it again, although work can go on
   throw DeviceError(std::string(call) + ": " + cudaGetErrorString(e));
 }
 
@@ -113,7 +113,7 @@ class CudaDevice final : public Device {
   }
 
   void begin_noting() override {
-    // What other threads ask of the device meanwhile is theirs.
+    // Thread-local: calls of other threads meanwhile are not captured.
     check(cudaStreamBeginCapture(main(), cudaStreamCaptureModeThreadLocal), "cudaStreamBeginCapture");
   }
   int end_noting() override {
@@ -195,7 +195,7 @@ class CudaDevice final : public Device {
   }
 
  private:
-  CudaDevice() = default;  // so that what was made before the other constructor fails is given back
+  CudaDevice() = default;  // the other constructor delegates to it, so that the destructor runs if that one fails
 
   cudaStream_t main() const { return queues_[kCompute]; }
   static void launched(cudaError_t e, const char* kernel) { check(e, kernel); }
@@ -206,7 +206,7 @@ class CudaDevice final : public Device {
   std::vector<cudaGraphExec_t> noted_;  ///< by their numbers; null where forgotten
 };
 
-constexpr int kLeastMajor = 7, kLeastMinor = 5;  ///< the first with 8-bit dot products for tensor cores
+constexpr int kLeastMajor = 7, kLeastMinor = 5;  ///< the first whose tensor cores have 8-bit dot products
 
 }  // namespace
 }  // namespace cuda

@@ -7,7 +7,7 @@
 namespace edgemoe {
 namespace cuda {
 
-// fmaxf and fminf differ for what is not a number.
+// fmaxf and fminf treat NaN differently.
 __device__ __forceinline__ float max_of(float a, float b) { return a > b ? a : b; }
 __device__ __forceinline__ float min_of(float a, float b) { return a < b ? a : b; }
 
@@ -49,7 +49,7 @@ __device__ __forceinline__ float softplus(float x) {
   return fmaf(s, p, max_of(x, 0.0f));
 }
 
-/// What `Kernels::activate` makes of a gate and an up.
+/// The activation of a gate and an up, as by `Kernels::activate`.
 template <Activation kKind>
 __device__ __forceinline__ float activated(float gate, float up) {
   if constexpr (kKind == Activation::kSwiglu) return silu_mul(gate, up);
@@ -72,30 +72,31 @@ __device__ __forceinline__ float reduce16(float v) {
   return v;
 }
 
-/// Sum over columns of a[c] * b[c]; a half warp's, in its first lane.
+/// Sum over columns of a[c] * b[c] by a half warp, in its first lane.
 __device__ __forceinline__ float dot16(const float* a, const float* b, int cols) {
   const int lane = threadIdx.x & 15;
   float acc = 0;
   EDGEMOE_UNROLL_8
   for (int c = lane; c < cols; c += 16) acc = fmaf(a[c], b[c], acc);
-  if (cols % 16 && lane >= cols % 16) acc = fmaf(0.0f, 0.0f, acc);  // the CPU's padding, which makes +0 of -0
+  if (cols % 16 && lane >= cols % 16) acc = fmaf(0.0f, 0.0f, acc);  // makes -0 +0, as the CPU's padding does
   return reduce16(acc);
 }
 
-/// Highest of a warp's lanes; not for what is no number.
+/// Highest of a warp's lanes; not for NaN.
 __device__ __forceinline__ float warp_max(float v) {
   EDGEMOE_UNROLL
   for (int d = 16; d > 0; d >>= 1) v = max_of(v, __shfl_xor_sync(kAllLanes, v, d));
   return v;
 }
 
-/// Whether a lane's value is infinite or no number.
+/// Whether any lane's value is infinite or NaN.
 __device__ __forceinline__ bool any_poisoned(float v) { return __any_sync(kAllLanes, !(v * 0.0f == 0.0f)); }
 
-/// x [n] becomes its softmax, by one warp, of which 16 lanes sum; gives the highest and the sum of all.
+/// Replaces x [n] by its softmax, by one warp, of which 16 lanes sum. Sets `top` to the highest x and `sum` to the sum
+/// of e^(x - top).
 __device__ __forceinline__ void softmax(float* x, int n, float* top, float* sum) {
   const int lane = threadIdx.x & 31;
-  // As the CPU has it also where a score is no number: each lane in turn, then the lanes in turn.
+  // In the CPU's order, which matters where a score is NaN: within each lane in turn, then over the lanes in turn.
   float most = x[0];
   if (lane < 16) {
     if (lane < n) most = x[lane];

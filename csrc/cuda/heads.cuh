@@ -1,4 +1,4 @@
-// Queries, keys and values of one head: bias, norm, clip and rotation, and keys and values into their cache.
+// Queries, keys and values of one head: bias, norm, clip and rotation, and storing keys and values in their cache.
 #pragma once
 
 #include "device/device.h"
@@ -7,7 +7,8 @@
 namespace edgemoe {
 namespace cuda {
 
-/// A head's 32 values from column 32 * g on in 8 bits: lane's code, and the group's scale and sum. `quantize_head`.
+/// A group of 32 values of a head in 8 bits: this lane's code, and the group's scale and sum; see
+/// `Kernels::quantize_head`.
 struct HeadPart {
   int code, sum;
   float scale;
@@ -18,7 +19,7 @@ struct HeadPart {
     const float rounded = half_to_float(float_to_half(highest / 127.0f));
     const bool is_zero = !(rounded > 0) || poisoned;
     const float inverse = is_zero ? 0.0f : 1.0f / rounded;
-    // A scale that was rounded down would give 128.
+    // With a scale that was rounded down, a value may come to 128.
     code = is_zero ? 0 : int(rintf(min_of(max_of(v * inverse, -127.0f), 127.0f)));
     sum = code;
     EDGEMOE_UNROLL
@@ -71,7 +72,7 @@ __device__ __forceinline__ bool store_head(const KvLayer& kv, bool is_key, int h
   return fits;
 }
 
-/// Where a lane's values of x [n] did not fit, lowers `lowest` to the code of what is noted.
+/// If any lane's values of x [n] did not fit, lowers `lowest` to the code of `of` with the largest magnitude in x.
 __device__ __forceinline__ void note_misfit(bool fits, Misfit of, const float* x, int n, uint64_t* lowest) {
   if (!__any_sync(kAllLanes, !fits)) return;
   for (int i = threadIdx.x; i < n; i += 32) {

@@ -1,4 +1,4 @@
-// The one file of device code: every kernel's launch.
+// The one file of device code: the launches of all kernels.
 #include "attend.cuh"
 #include "choose.cuh"
 #include "heads.cuh"
@@ -26,7 +26,7 @@ cudaError_t attend_with(const AttendCall& call, dim3 grid, cudaStream_t s) {
       return EDGEMOE_LAUNCH(grid, dim3(kKeyBlock), s, (attend<kKeys, KvType::kF32, false>), call);
     case KvType::kQ8:
       return EDGEMOE_LAUNCH(grid, dim3(kKeyBlock), s, (attend<kKeys, KvType::kQ8, false>), call);
-    default:  // packed ones are the CPU's
+    default:  // packed types are for the CPU only
       return cudaErrorInvalidValue;
   }
 }
@@ -117,7 +117,7 @@ cudaError_t prepare_heads_async(const HeadsCall& call, int T, cudaStream_t s) {
 
 cudaError_t attend_async(const AttendCall& call, int T, int num_blocks, cudaStream_t s) {
   static_assert(kMostHeadDim <= kQueryFloats, "a block has room for a query");
-  // Of latents, whose one head all queries share, blocks take as many of them as they have room for.
+  // For latents, whose one head all queries share, a block takes as many queries as it has room for.
   const int most = kQueryFloats / (blocks(call.kv.head_stride, kKvGroup) * kKvGroup);
   const int quads = blocks(call.shape.num_heads, min(kHeadQueries, most));
   const dim3 size = grid(num_blocks, call.kv.values ? call.shape.num_kv_heads : quads, T);
@@ -133,7 +133,7 @@ cudaError_t attend_async(const AttendCall& call, int T, int num_blocks, cudaStre
     case KvType::kQ8:
       e = attend_with<KvType::kQ8>(call, size, s);
       break;
-    default:  // packed ones are the CPU's
+    default:  // packed types are for the CPU only
       break;
   }
   if (e != cudaSuccess) return e;

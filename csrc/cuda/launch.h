@@ -1,4 +1,4 @@
-// Plain functions over the kernels: only kernels.cu needs nvcc.
+// Plain functions that launch the kernels, so that only kernels.cu needs nvcc.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -19,7 +19,7 @@ __global__ void __launch_bounds__(kRowThreads) gate_heads(float* x, const float*
   x[i] = x[i] * (kKind == HeadGate::kSoftplusHead ? softplus(g) : sigmoid(g));
 }
 
-/// Grid: groups of rows.
+/// Grid: the groups of all rows.
 template <Gate kKind>
 __global__ void __launch_bounds__(kRowThreads) gated_norm(float* x, const float* gate, const float* weight,
                                                           bool weight_per_group, float eps, int groups, int width) {
@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(kStateThreads) prepare_delta(DeltaCall call) {
   const DeltaShape& s = call.shape;
   const size_t t = blockIdx.y;
   const int place = int(blockIdx.x);
-  if (place < 2 * s.key_heads) {  // its length becomes 1
+  if (place < 2 * s.key_heads) {  // scales it to unit length
     if (threadIdx.x >= 32) return;
     const bool is_key = place >= s.key_heads;
     float* x = (is_key ? call.k : call.q) + t * call.stride + size_t(place % s.key_heads) * s.key_dim;
@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(kStateThreads) delta_rule(DeltaCall call, int 
   for (int t = 0; t < T; ++t, from = state) {
     const float *q = call.q + t * call.stride + key, *k = call.k + t * call.stride + key;
     const float* decay = call.decay + (size_t(t) * s.value_heads + head) * per_head;
-    float held = 0;  // what the state says of this key
+    float held = 0;  // the value that the state has for this key
     EDGEMOE_UNROLL_8
     for (int i = 0; i < s.key_dim; ++i) held = fmaf((from ? from[i * dv] : 0.0f) * decay[i * each], k[i], held);
     const float change = call.beta[size_t(t) * s.value_heads + head] * (call.v[t * call.stride + value] - held);

@@ -1,6 +1,6 @@
-// The two things of CUDA C++ that g++ cannot parse: a launch, and memory that a block shares.
+// The two things in CUDA C++ that g++ cannot parse: kernel launches and shared memory.
 //
-// The same sources are compiled by nvcc for devices, and by g++ for the simulator of the tests. nvcc must be given
+// The same sources are compiled by nvcc for devices, and by g++ for the tests' simulator. nvcc must be given
 // --fmad=false: with it, and with fmaf where the CPU fuses, +, -, *, / and sqrtf round as the CPU's do. Never
 // --use_fast_math.
 #pragma once

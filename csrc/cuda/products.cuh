@@ -2,7 +2,8 @@
 //
 // The CPU adds a row's shares of 32 columns one after the other. Here every thread of a block computes shares, leaves
 // them in shared memory, and one thread for each row and token adds them in that order: K / 32 dependent fused
-// multiply-adds, some hundred cycles that other blocks' loads hide. So a product has the CPU's bits, whatever the grid.
+// multiply-adds, some hundred cycles that other blocks' loads hide. So a product is the CPU's bit for bit, whatever the
+// grid.
 #pragma once
 
 #include <cstddef>
@@ -17,14 +18,14 @@ namespace cuda {
 constexpr int kWarps = 4;     ///< of a block; each takes every fourth tile
 constexpr int kSegment = 64;  ///< tiles whose shares are in shared memory at once
 constexpr int kFewTokens = 4;
-constexpr int kMostProducts = 16;  ///< of a launch: they are its argument, which may have 4 KiB
+constexpr int kMostProducts = 16;  ///< per launch: they are a kernel argument, which may have at most 4 KiB
 static_assert(kSegment % kWarps == 0, "walks go on over the end of a segment");
 
 struct ProductList {
   Product of[kMostProducts];
 };
 
-/// Where a thread is in its block's tile.
+/// A thread's place in its block.
 struct Seat {
   int warp, half, row;
 
@@ -33,12 +34,12 @@ struct Seat {
 
 constexpr __host__ __device__ int shares_of(int tokens) { return tokens * kSegment * kScales * kTileRows; }
 
-/// What thread (row, token) of a block sums.
+/// The sum of thread (row, token) of a block.
 template <int T>
 struct Sum {
   float acc = 0;
 
-  /// Adds the shares of tiles [first, first + count) in order. Everyone must come.
+  /// Adds the shares of tiles [first, first + count) in order. All threads must call it.
   __device__ __forceinline__ void add(const QuantizedRows& x, int n, const float* shared, int first, int count) {
     __syncthreads();
     const int t = threadIdx.x / kTileRows;
@@ -56,7 +57,7 @@ struct Sum {
 /// addition are exact.
 __device__ __forceinline__ float nested_share(const int* dots, uint8_t byte0, uint8_t byte1, float2 sums, float step,
                                               float first) {
-  // (4 + a % 4) * 2^(a / 4) is a float's bits but for a constant.
+  // The bits of the float (4 + a % 4) * 2^(a / 4) are those of 4 plus a << 21.
   const float scale0 = __int_as_float(int(0x40800000u + ((byte0 & 15u) << 21)));
   const float scale1 = __int_as_float(int(0x40800000u + ((byte1 & 15u) << 21)));
   const float part0 = fmaf(fmaf(float(byte0 >> 4), step, first), sums.x, float(dots[0]));
@@ -64,8 +65,8 @@ __device__ __forceinline__ float nested_share(const int* dots, uint8_t byte0, ui
   return fmaf(scale1, part1, scale0 * part0);
 }
 
-/// What becomes of a row's sum for row `at` of the activations: the matrix's correction is added, `add_ranks` of
-/// kernels-inl.h, then the bias.
+/// Finishes a row's sum for row `at` of the activations: adds the matrix's correction (`add_ranks` of kernels-inl.h),
+/// multiplies by the row's scale and adds the bias.
 __device__ __forceinline__ float finish_row(const Product& p, int at, int row, float row_scale, float sum) {
   const int steps = rank_of(p.w) / kRankStep;
   if (steps) {
@@ -86,7 +87,7 @@ __device__ __forceinline__ float finish_row(const Product& p, int at, int row, f
   return p.bias ? value + p.bias[row] : value;
 }
 
-/// What a row's sum becomes its value by: `unit` times the row's scale, and nothing where `unit` is 0.
+/// A row's sum. Its value is `acc` times `unit` times the row's scale, or `acc` itself where `unit` is 0.
 struct RowSum {
   float acc, unit;
 };
@@ -123,7 +124,7 @@ __device__ __forceinline__ RowSum nested_block(const NestedMatrix& w, const Quan
   return {sum.acc, float(1 << (8 - at.bits())) / float(kScaleUnit)};
 }
 
-/// A rung of MWQ at a tile: scales come before each two tiles of the base, and before each four of a rung of signs.
+/// A rung of MWQ at a tile: scales come before every two tiles of the base, and before every four of a rung of signs.
 template <int Width>
 struct MwqRung {
   static constexpr int kTiles = Width == 1 ? 4 : 2;
@@ -135,7 +136,7 @@ struct MwqRung {
              size_t(tile / kTiles * kTiles) * tile_bytes(Width, false);
     codes = scales + kScaleBytes + tile % kTiles * tile_bytes(Width, false);
   }
-  /// Of a rung of signs.
+  /// A row's scale in a rung of signs.
   __device__ __forceinline__ float sign(int tile, int row) const {
     return load_f16(scales, tile / 2 % 2 * kTileRows + row);
   }
@@ -158,7 +159,7 @@ struct MwqRung {
   }
 };
 
-/// The same for MWQ with a base of Base bits.
+/// `nested_block` for MWQ with a base of Base bits.
 template <int Base, int T>
 __device__ __forceinline__ RowSum mwq_block(const NestedMatrix& w, const QuantizedRows& x, int n, int block,
                                             float* shared) {
@@ -228,7 +229,7 @@ __device__ __forceinline__ RowSum sum_of(const NestedMatrix& w, const QuantizedR
   }
 }
 
-/// Rows [16 * block, 16 * block + 16) of a product with tokens [token, token + T). `shared` is for `shares_of(T)`.
+/// Rows [16 * block, 16 * block + 16) of a product with tokens [token, token + T). `shared` has `shares_of(T)` floats.
 template <int T>
 __device__ __forceinline__ void product_block(const Product& p, int block, int token, float* shared) {
   const NestedMatrix& w = p.w;
@@ -243,15 +244,16 @@ __device__ __forceinline__ void product_block(const Product& p, int block, int t
   y[size_t(t) * p.stride + row] = finish_row(p, from + t, row, scale, sum.acc);
 }
 
-/// Grid: (row blocks of the largest product, products, tokens / T). Each may have rungs of its own. Left to itself nvcc
-/// keeps to so few registers for several tokens that some spill, and takes more than 64 for one where it has a bound.
+/// Grid: (row blocks of the largest product, products, tokens / T). Each product may have its own rungs. For several
+/// tokens nvcc needs a launch bound: left to itself it uses so few registers that some spill. For one token it must not
+/// have a bound: with one it uses more than 64 registers.
 template <int T>
 __global__ void __launch_bounds__(kWarps * 32, T == 1 ? 0 : 4) products(ProductList list) {
   EDGEMOE_SHARED(float, shared, shares_of(T));
   product_block<T>(list.of[blockIdx.y], int(blockIdx.x), int(blockIdx.z) * T, shared);
 }
 
-/// Grid: (row blocks, experts and parts). Which matrices they are is only known here.
+/// Grid: (row blocks, experts and parts). Which matrices these are is known only on the device.
 __global__ void __launch_bounds__(kWarps * 32) chosen_products(ChosenCall call) {
   EDGEMOE_SHARED(float, shared, shares_of(1));
   EDGEMOE_SHARED(uint64_t, room, sizeof(Product) / sizeof(uint64_t));
@@ -261,7 +263,7 @@ __global__ void __launch_bounds__(kWarps * 32) chosen_products(ChosenCall call) 
   static_assert(sizeof(NestedMatrix) % sizeof(uint64_t) == 0 && offsetof(Product, w) == 0, "it comes first");
   Product& p = *reinterpret_cast<Product*>(room);
   const int k = int(blockIdx.y) / call.parts, part = int(blockIdx.y) % call.parts, e = call.experts[k];
-  // A thread for each word: as a whole it would lie on a stack.
+  // Copied word by word, each by a thread: copied as a whole it would lie on a stack.
   const auto* w = reinterpret_cast<const uint64_t*>(call.table + 3 * e + call.first + part);
   if (threadIdx.x < kWords) room[threadIdx.x] = w[threadIdx.x];
   if (threadIdx.x == 0) {

@@ -1,4 +1,4 @@
-// What corrections of low rank need of a row: V x, times u, in 8 bits (kernels/correction-inl.h).
+// The inputs of low-rank corrections: V x of a row, times u, in 8 bits (kernels/correction-inl.h).
 #pragma once
 
 #include "codes.cuh"
@@ -8,7 +8,7 @@
 namespace edgemoe {
 namespace cuda {
 
-constexpr int kMostRanks = 16;  ///< of a launch: they are its argument
+constexpr int kMostRanks = 16;  ///< per launch: they are a kernel argument
 
 struct RanksList {
   RanksCall of[kMostRanks];
@@ -23,7 +23,7 @@ __global__ void __launch_bounds__(kRowThreads) ranks(RanksList list) {
   const float* x = call.x.x + call.x.at(row);
   for (int r = threadIdx.x / 16; r < kMaxRank; r += kRowThreads / 16) {
     float sum = 0;
-    if (r < call.rank) {  // the same of both halves of a warp
+    if (r < call.rank) {  // the same for both halves of a warp
       const int8_t* v = call.basis + r * basis_stride(cols);
       float acc = 0;
       EDGEMOE_UNROLL_8

@@ -1,4 +1,4 @@
-// What works on whole rows of floats: activations in 8 bits, norms, the router's products, sums.
+// Kernels on whole rows of floats: quantisation of activations, norms, the router's products, sums.
 #pragma once
 
 #include "exact.cuh"
@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(kRowThreads) quantize_rows(RowsCall x, Quantiz
   seat.put(seat.column < x.cols ? x.x[x.at(int(seat.row)) + seat.column] : 0.0f, out);
 }
 
-/// The same of what an activation makes of gate and up.
+/// The same for the activation of gate and up.
 template <Activation kKind>
 __global__ void __launch_bounds__(kRowThreads)
     quantize_hidden(const float* gate, const float* up, int cols, QuantizedBuffer out, float* hidden) {
@@ -132,7 +132,7 @@ __global__ void __launch_bounds__(kRowThreads) scale_all(float factor, size_t n,
   if (i < n) out[i] = out[i] * factor;
 }
 
-/// Grid: 1. What it sends is in the host's memory before the number that says so.
+/// Grid: 1. What it sends arrives in the host's memory before the number that says so.
 __global__ void __launch_bounds__(kRowThreads) post(PostCall call) {
   const uint32_t number = threadIdx.x == 0 ? *static_cast<const volatile uint32_t*>(call.number) : 0;
   uint32_t* to = call.to;
