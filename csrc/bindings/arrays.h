@@ -1,4 +1,4 @@
-// What every binding shares: how arrays are lent, checked and given, and who may delete what.
+// What all bindings share: how arrays are lent, checked and returned, and when objects are deleted.
 #pragma once
 
 #include <pybind11/numpy.h>
@@ -31,8 +31,8 @@ std::string shape_text(const Array<T>& a) {
   return s + "]";
 }
 
-/// Throws unless `a` has the shape, where -1 matches anything, and its numbers can be addressed: by an int along an
-/// axis of several, and at addresses that are multiples of their size.
+/// Throws std::invalid_argument unless `a` has the shape, where -1 matches anything, and is aligned. If it has several
+/// axes, the length of each must fit an int.
 template <class T>
 void expect(const Array<T>& a, const char* name, std::initializer_list<py::ssize_t> shape) {
   for (py::ssize_t i = 0; a.ndim() > 1 && i < a.ndim(); ++i) expect_within(name, a.shape(i), 0, INT32_MAX);
@@ -50,7 +50,7 @@ void expect(const Array<T>& a, const char* name, std::initializer_list<py::ssize
   if (!ok) throw std::invalid_argument(std::string(name) + ": expected shape " + wanted + "], got " + shape_text(a));
 }
 
-/// Throws unless `combine` can make out [T, cols] of parts [any, cols] by rows and gates [T, K].
+/// Throws unless `combine` can compute out [T, cols] from parts [any, cols] by rows and gates [T, K].
 inline void check_combine(const Array<float>& parts, const Array<int32_t>& rows, const Array<float>& gates,
                           const Array<float>& out) {
   expect(parts, "parts", {-1, -1});
@@ -62,7 +62,7 @@ inline void check_combine(const Array<float>& parts, const Array<int32_t>& rows,
   }
 }
 
-/// Data of an array that may not be converted; valid while the object lives.
+/// The data of an array, which is not converted if it has another type; valid while the object lives.
 inline const float* floats(const py::object& array, const char* name, std::initializer_list<py::ssize_t> shape) {
   if (!py::isinstance<Array<float>>(array)) {
     throw py::type_error(std::string(name) + ": expected a contiguous float32 array");
@@ -84,7 +84,7 @@ inline const int8_t* shared_basis(const std::optional<Array<int8_t>>& basis, int
   return basis->data();
 }
 
-/// The same for an array that is written.
+/// `floats` for an array that is written.
 inline float* writable(const py::object& array, const char* name, std::initializer_list<py::ssize_t> shape) {
   floats(array, name, shape);
   return py::reinterpret_borrow<Array<float>>(array).mutable_data();
@@ -107,7 +107,7 @@ inline Gate gate_named(const std::string& name) {
   throw std::invalid_argument("gated_norm: expected silu, sigmoid or silu_first, got " + name);
 }
 
-/// Deletes an object, but not in a forked child: its threads and its memory did not come along.
+/// A deleter that does nothing in a forked child, as the object's threads and memory did not come along.
 template <class T>
 struct InItsProcess {
   pid_t pid = getpid();
@@ -120,7 +120,7 @@ struct InItsProcess {
 template <class T>
 using Held = std::unique_ptr<T, InItsProcess<T>>;
 
-/// Gives a numpy view of memory that `owner` keeps alive.
+/// Returns a read-only numpy view of memory that `owner` keeps alive.
 template <class T>
 py::array_t<T> lend(const T* p, size_t n, py::handle owner) {
   py::array_t<T> a({py::ssize_t(n)}, {py::ssize_t(sizeof(T))}, p, owner);

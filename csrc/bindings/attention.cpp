@@ -38,7 +38,7 @@ Held<Kv> kv_of(const std::string& key_type, const std::string& value_type, int n
   return Held<Kv>(make_kv(kv_type(key_type), kv_type(value_type), num_heads, capacity, head_dim, resident).release());
 }
 
-/// What a call of `attention` has beside its arrays, which must fit.
+/// Checks the arrays of a call of `attention` and returns its parts.
 AttentionParts parts_of(const AttentionLayer& layer, const Array<float>& q, const Array<float>& k,
                         const Array<float>& v, const Array<float>& cos, const Array<float>& sin, const Rope* rope,
                         const Kv& kv, const Array<float>& out) {
@@ -60,7 +60,7 @@ AttentionParts parts_of(const AttentionLayer& layer, const Array<float>& q, cons
   return parts;
 }
 
-/// What has such parts, at a position.
+/// Runs attention with such parts at a position.
 void attend_at(Workspace& ws, AttentionParts parts, const Rope* rope, float* q, float* k, float* v, int T, int pos,
                const KvLayer& kv, float* out) {
   parts.turns = rope ? rope->tiles(pos + T) : nullptr;
@@ -133,7 +133,7 @@ void bind_layer(py::module_& m) {
              a->parts.clip = clip;
              a->parts.growth = growth;
              a->parts.grow_every = grow_every;
-             if (k && a->parts.k_bias && !a->parts.k_norm && clip == 0) {  // else the bias is no constant of the keys
+             if (k && a->parts.k_bias && !a->parts.k_norm && clip == 0) {  // else keys are not a product plus the bias
                if (k->matrix.rows != kv) throw std::invalid_argument("AttentionLayer: k has another number of rows");
                const float* norm = floats(input_norm, "input_norm", {k->matrix.cols});
                a->constants =

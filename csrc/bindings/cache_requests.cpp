@@ -5,7 +5,7 @@
 namespace edgemoe {
 namespace {
 
-/// The levels of some precisions; 0 for one that is none of the cache's.
+/// The levels of some precisions; 0 for a precision that the cache has no level of.
 Array<int8_t> levels_of(const Cache& cache, const Array<int8_t>& bits) {
   expect(bits, "bits", {-1});
   Array<int8_t> levels(bits.size());
@@ -17,7 +17,8 @@ Array<int8_t> levels_of(const Cache& cache, const Array<int8_t>& bits) {
   return levels;
 }
 
-/// Begins what a plan wants of a layer; returns its experts as the file numbers them, and their levels.
+/// Opens a request for what a plan wants of a layer, in place of one that may be open. Returns its experts, numbered as
+/// in the file, and their levels.
 py::tuple ask(Cache& c, int layer, const Array<int32_t>& experts, const Array<int8_t>& bits,
               const Array<int32_t>& offsets, int num_tokens, const std::optional<Array<int32_t>>& ahead,
               const std::optional<Array<int8_t>>& ahead_bits) {

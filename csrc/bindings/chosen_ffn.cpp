@@ -1,4 +1,4 @@
-// Experts that are chosen for one token where nobody looks; see bindings/ffn.cpp.
+// Experts that are chosen for one token and run without a request; see bindings/ffn.cpp.
 #include <optional>
 #include <string>
 #include <vector>
@@ -11,7 +11,7 @@
 namespace edgemoe {
 namespace {
 
-/// A layer's experts that are chosen for one token where nobody looks, all of which are there.
+/// The experts that are chosen for one token of a layer, all of whose experts are resident.
 struct ChosenFfns {
   Cache& cache;
   int first;  ///< the layer's first expert

@@ -1,4 +1,4 @@
-// A device's memory: what Python makes and keeps there.
+// A device's memory, and what Python keeps in it.
 #include <memory>
 #include <string>
 #include <vector>
@@ -34,7 +34,7 @@ py::dict info_of(DeviceSpace& space) {
   return out;
 }
 
-/// A lost device reports its error to whoever asks for anything.
+/// Whether the device is lost: then it answers every call with its error.
 bool is_lost(DeviceSpace& space) {
   try {
     space.device().progress();
@@ -65,7 +65,7 @@ DeviceArray make_array(std::shared_ptr<DeviceSpace> space, const std::vector<py:
   return out;
 }
 
-/// Leading rows, as numpy has them.
+/// A slice of rows, as in numpy.
 DeviceArray rows_of(const DeviceArray& a, const py::slice& rows) {
   py::ssize_t start, stop, step, count;
   if (!rows.compute(a.shape[0], &start, &stop, &step, &count)) throw py::error_already_set();
@@ -76,7 +76,7 @@ DeviceArray rows_of(const DeviceArray& a, const py::slice& rows) {
   return out;
 }
 
-/// What lies at an index of the first axis.
+/// The part at an index of the first axis.
 DeviceArray item_of(const DeviceArray& a, py::ssize_t index) {
   if (a.shape.size() < 2 || index < 0 || index >= a.shape[0]) throw py::index_error("DeviceArray: no such item");
   DeviceArray out{a.memory, a.data, {a.shape.begin() + 1, a.shape.end()}};
@@ -92,7 +92,7 @@ py::array_t<float> copied(const DeviceArray& a) {
   return out;
 }
 
-/// Copies the rungs of a host's matrix.
+/// Copies the rungs of a matrix in host memory.
 Held<DeviceMatrix> matrix_of(const std::shared_ptr<DeviceSpace>& space, const Nested& n) {
   py::gil_scoped_release release;
   Held<DeviceMatrix> out(new DeviceMatrix{n.matrix, {}});
@@ -118,14 +118,14 @@ Held<DeviceMatrix> matrix_of(const std::shared_ptr<DeviceSpace>& space, const Ne
   return out;
 }
 
-/// Throws std::invalid_argument for what a device does not store.
+/// Throws std::invalid_argument for a type that devices do not support.
 KvType known_type(const std::string& name) {
   const KvType type = kv_type(name);
   if (kv_packed_bits(type)) throw std::invalid_argument("device KV cache: " + name + " is the CPU's");
   return type;
 }
 
-/// `values` are as many leading columns of the keys where there are none by themselves.
+/// A layer of latents: keys of one head, whose leading `value_dim` columns are the values too.
 Held<DeviceKv> latents_of(const std::shared_ptr<DeviceSpace>& space, const std::string& type, int capacity,
                           int head_dim, int value_dim) {
   expect_within("KV cache value_dim", value_dim, 1, head_dim);
@@ -145,7 +145,7 @@ Held<DeviceKv> device_kv_of(const std::shared_ptr<DeviceSpace>& space, const std
   const size_t total = of_keys + kv_bytes(value_type, num_heads, capacity, head_dim);
   Held<DeviceKv> out(new DeviceKv{{}, num_heads, head_dim, DeviceMemory(space, total)});
   uint8_t* p = out->memory.as();
-  space->device().fill(p, 0, total);  // padding is multiplied with zeros
+  space->device().fill(p, 0, total);  // padding is multiplied by zeros, so it must be finite
   const int stride = blocks(head_dim, 16) * 16;
   out->layer = {p, p + of_keys, key_type, value_type, capacity, stride, stride};
   return out;

@@ -13,7 +13,7 @@
 
 namespace edgemoe {
 
-/// float32 of a device, or leading rows of such an array, whose memory they keep alive.
+/// A float32 array in device memory, or a part of one; keeps the memory alive.
 struct DeviceArray {
   std::shared_ptr<const DeviceMemory> memory;
   float* data;
@@ -40,14 +40,14 @@ struct DeviceKv {
   DeviceMemory memory;
 };
 
-/// Where the matrices of a layer's experts lie, all of which are on the device: [num_experts, 3].
+/// Views of the matrices of a layer's experts, all of which are on the device: [num_experts, 3].
 struct DeviceTable {
   DeviceMemory memory;
   std::vector<NestedMatrix> matrices;  ///< the host's copy
   int hidden, cols;
 };
 
-/// Throws unless a device's array has the shape, where -1 matches anything.
+/// Throws unless a device array has the shape, where -1 matches anything.
 inline float* expect_device(const DeviceArray& a, const char* name, std::initializer_list<py::ssize_t> shape) {
   bool ok = a.shape.size() == shape.size();
   size_t axis = 0;
@@ -61,7 +61,7 @@ inline float* expect_device(const DeviceArray& a, const char* name, std::initial
   throw std::invalid_argument(std::string(name) + ": expected shape " + wanted + "], got " + got + "]");
 }
 
-/// The same for None, which is null.
+/// The same, but None gives null.
 inline float* maybe_device(const DeviceArray* a, const char* name, std::initializer_list<py::ssize_t> shape) {
   return a ? expect_device(*a, name, shape) : nullptr;
 }

@@ -1,4 +1,4 @@
-// Experts on a device: those of a plan, and those that it chooses by itself; see bindings/ffn.cpp.
+// Experts on a device: those of a plan, and those that the device chooses by itself; see bindings/ffn.cpp.
 #include <cstring>
 #include <memory>
 #include <string>
@@ -13,7 +13,7 @@
 namespace edgemoe {
 namespace {
 
-/// What a layer's experts have, beside their matrices.
+/// What a layer's experts have in common, and their biases.
 struct ExpertsOf {
   ExpertsOf(const Cache& cache, const std::string& activation, const std::vector<const DeviceArray*>& biases,
             const DeviceArray* basis)
@@ -28,7 +28,7 @@ struct ExpertsOf {
     if (basis) ranks = int(basis->at(0));
   }
 
-  /// The use of one that is pinned, `there` or where the host has it.
+  /// The use of a pinned expert, with its matrices on the device if `there`, else in host memory.
   FfnUse use(int expert, int level, const int32_t* tokens, int count, float* out, bool there = true) const {
     const size_t e = size_t(expert % cache.shape().num_experts), d = size_t(cache.shape().hidden),
                  h = size_t(cache.shape().expert_hidden);
@@ -48,8 +48,8 @@ struct ExpertsOf {
   int ranks = 0;
 };
 
-/// Runs the experts at positions `group` of a plan, all of which are pinned in a cache on the device, or in the host's
-/// and pass through a stream.
+/// Runs the experts at positions `group` of a plan, all of which are pinned: in a cache on the device or, with
+/// `stream`, in the host's cache, from which they pass through the stream.
 void expert_ffn_on(DeviceWorkspace& ws, const DeviceArray& x, const Cache& cache, const Array<int32_t>& experts,
                    const Array<int8_t>& levels, const Array<int32_t>& offsets, const Array<int32_t>& tokens,
                    const std::vector<int>& group, const DeviceArray& parts, const std::string& activation,
@@ -63,7 +63,7 @@ void expert_ffn_on(DeviceWorkspace& ws, const DeviceArray& x, const Cache& cache
   expect(offsets, "offsets", {n + 1});
   const int32_t *o = offsets.data(), *t = tokens.data();
   std::vector<FfnUse> uses;
-  std::vector<int> of;  // the expert of each, as the file numbers them
+  std::vector<int> of;  // the position in the plan of each
   for (int i : group) {
     if (i < 0 || i >= n || o[i] < 0 || o[i + 1] <= o[i] || o[i + 1] > tokens.size() || o[i + 1] > parts.at(0)) {
       throw std::invalid_argument("expert_ffn: offsets do not fit tokens and parts");
@@ -100,9 +100,9 @@ void combine_on(DeviceWorkspace& ws, const DeviceArray& parts, const Array<int32
   ws.combine(parts.data, r, g, T, K, cols, out.data);
 }
 
-/// Runs what was chosen for one token, experts `first` + chosen [1, K], and adds it up; false, and nothing is done,
-/// where the device lacks some. In one call, as the device waits meanwhile. `counts` [experts] of those that ran grow
-/// by `weight`.
+/// Runs the experts that were chosen for one token, `first` + chosen [1, K], and combines their results. Returns false,
+/// and does nothing, if the device lacks any of them. All in one call, because the device idles meanwhile. `counts`
+/// [experts] grow by `weight` for those that ran.
 bool run_hits_on(DeviceWorkspace& ws, const DeviceArray& x, Cache& cache, int first, const Array<int32_t>& chosen,
                  const Array<float>& gates, const Array<int8_t>& levels, Array<double> counts, double weight,
                  const DeviceArray& parts, const DeviceArray& out, const std::string& activation,

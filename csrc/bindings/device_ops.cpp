@@ -1,4 +1,4 @@
-// A device's workspace, and what it does to rows; see bindings/ops.cpp.
+// A device's workspace, and operations on rows; see bindings/ops.cpp.
 #include <memory>
 #include <vector>
 
@@ -102,7 +102,7 @@ void weigh_on(DeviceWorkspace& ws, const DeviceArray& x, const Array<float>& gat
   ws.weigh(x.data, g, int(x.at(0)), int(x.at(1)), out.data);
 }
 
-/// Copies arrays to numpy's after all that is queued; throws what attention has found since the last time.
+/// Copies device arrays to numpy arrays after all queued work; throws RangeError for what attention could not store.
 void download(DeviceWorkspace& ws, const std::vector<const DeviceArray*>& from, std::vector<Array<float>> to) {
   if (from.size() != to.size()) throw std::invalid_argument("download: one array for each");
   std::vector<DeviceSpace::Fetch> what;

@@ -47,10 +47,10 @@ class PlannedFfns {
     if (!hidden.is_none()) hidden_ = writable(hidden, "hidden", {parts.shape(0), h_});
   }
 
-  /// An FFN that all tokens take, which the next `run` will run too.
+  /// Adds an FFN that all tokens go through; the next `run` runs it too.
   void add(const FfnMatrices& matrices, Array<float>& out) { beside_ = use_beside(matrices, int(T_), d_, kind_, out); }
 
-  /// Runs those at positions `group`, which are pinned.
+  /// Runs the experts at positions `group`, which are pinned.
   void run(Workspace& ws, const std::vector<int>& group) {
     uses_.clear();
     for (int i : group) {
@@ -171,7 +171,7 @@ void bind_run_experts(py::module_& m) {
           if (group.empty()) break;
           ffns.run(ws, group);
           if (left == py::ssize_t(group.size())) break;
-          py::gil_scoped_acquire python;  // others are being read: a signal need not wait for them all
+          py::gil_scoped_acquire python;  // more experts are being read: a signal need not wait for all of them
           if (PyErr_CheckSignals()) throw py::error_already_set();
         }
         combine(ws, p, r, g, T, K, cols, o);

@@ -1,4 +1,4 @@
-// What FFNs are given besides activations: matrices, biases, bases of corrections; see ffn.cpp and chosen_ffn.cpp.
+// The inputs of FFNs besides activations: matrices, biases, bases of corrections; see ffn.cpp and chosen_ffn.cpp.
 #pragma once
 
 #include <algorithm>
@@ -14,7 +14,8 @@
 
 namespace edgemoe {
 
-/// What an FFN's matrices must be for each other, and without a gate only for an activation that needs none.
+/// Throws std::invalid_argument unless an FFN's matrices fit each other, with a gate exactly where the activation needs
+/// one.
 inline void check_ffn(const ExpertView& w, Activation activation) {
   const bool gated = activation != Activation::kRelu2;
   if (w.gate.rows != (gated ? w.up.rows : 0) || (gated && w.gate.cols != w.up.cols) || w.down.cols != w.up.rows) {
@@ -25,7 +26,7 @@ inline void check_ffn(const ExpertView& w, Activation activation) {
 /// Gate, up and down.
 using FfnMatrices = std::tuple<const Nested*, const Nested*, const Nested*>;
 
-/// Biases of an expert among those of all, arrays [E, H], [E, H] and [E, D], or None for no gate's.
+/// The biases of all experts of a layer: arrays [E, H], [E, H] and [E, D], each of which may be None.
 class ExpertBiases {
  public:
   ExpertBiases(const py::object& arrays, int d, int h) : d_(d), h_(h) {
@@ -64,8 +65,8 @@ struct BasisRows {
   }
 };
 
-/// Runs FFNs on x [T, d]: experts, which may have corrections with a basis, and at the end one beside them.
-/// z: what `project` makes of x with the basis, or null.
+/// Runs FFNs on x [T, d]: experts, whose corrections may need a basis, and with `has_beside` a last one beside them.
+/// z is `project` of x with the basis, or null.
 inline void run_uses(Workspace& ws, const float* x, int T, int d, Activation kind, const BasisRows& basis,
                      const float* z, bool has_beside, std::vector<FfnUse>* uses) {
   const auto end = uses->end() - int(has_beside);
@@ -82,7 +83,7 @@ inline void run_uses(Workspace& ws, const float* x, int T, int d, Activation kin
   run_ffns(ws, x, T, kind, *uses);
 }
 
-/// An FFN that all of T tokens of width d take: without a gate where there is none.
+/// The use of an FFN that all T tokens of width d go through. Its gate may be None.
 inline FfnUse use_beside(const FfnMatrices& matrices, int T, int d, Activation kind, Array<float>& out) {
   const auto& [gate, up, down] = matrices;
   if (!up || !down) throw py::type_error("ffn: expected matrices, got None");

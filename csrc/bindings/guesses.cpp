@@ -13,14 +13,14 @@
 namespace edgemoe {
 namespace {
 
-/// Throws unless all are experts of `n`.
+/// Returns the data of `experts`; throws unless all are below `n`.
 const int32_t* within(const Array<int32_t>& experts, const char* name, py::ssize_t n) {
   expect(experts, name, {-1});
   for (py::ssize_t i = 0; i < experts.size(); ++i) expect_within(name, experts.data()[i], 0, n - 1);
   return experts.data();
 }
 
-/// The table of what followed what, and the arrays that it is in.
+/// A `PathTable` and the arrays that it lies in.
 class LivePaths {
  public:
   LivePaths(Array<float> pairs, std::optional<Array<float>> far, Array<float> totals, Array<float> uses)
@@ -64,10 +64,10 @@ class LivePaths {
   Array<float> pairs_;
   std::optional<Array<float>> far_;
   Array<float> totals_, uses_;
-  int layers_ = 0, experts_ = 0;  // as the shapes were; whoever has the arrays may give them others
+  int layers_ = 0, experts_ = 0;  // of the shapes at first; whoever holds the arrays may reshape them
 };
 
-/// What ExpertFlow predicts of all layers, and the arrays that it is in.
+/// The `PathRow` of each layer, and the arrays that they lie in.
 class LivePathRows {
  public:
   LivePathRows(Array<double> scores, Array<double> late, Array<int32_t> paths, Array<uint32_t> version, double penalty)
@@ -90,8 +90,8 @@ class LivePathRows {
     expect(version_, "version", {L});
   }
 
-  /// See `PathRow::follow`. Then those of the layers after it before `stop` that have less than `level`, and how many
-  /// of `chosen` had been predicted.
+  /// See `PathRow::follow`. Returns how many of `chosen` had been predicted, and the predicted experts of the layers
+  /// after this one and before `stop` that are resident at less than `level`.
   py::tuple follow(int layer, const Array<int32_t>& chosen, const Array<double>& odds, double now, int stop,
                    const Array<int8_t>& has, int level) {
     expect_within("layer", layer, 0, layers_ - 1);
@@ -137,10 +137,10 @@ class LivePathRows {
   Array<int32_t> paths_;
   Array<uint32_t> version_;
   double penalty_;
-  int layers_ = 0, experts_ = 0, count_ = 0;  // as the shapes were; whoever has the arrays may give them others
+  int layers_ = 0, experts_ = 0, count_ = 0;  // of the shapes at first; whoever holds the arrays may reshape them
 };
 
-/// See `PrecisionRule::choose`; what it is given is looked at.
+/// `PrecisionRule::choose` with its arguments checked.
 void choose(const PrecisionRule& rule, const Array<float>& gates, const Array<int32_t>& experts,
             const Array<int8_t>& has, int8_t* out) {
   expect(has, "has", {-1});

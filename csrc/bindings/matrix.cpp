@@ -73,7 +73,7 @@ Held<StoredRows> stored_rows(const std::shared_ptr<File>& file, uint64_t offset,
 
 void bind_file(py::module_& m) {
   py::class_<File, std::shared_ptr<File>>(m, "File", "A file opened for positioned, direct reads.")
-      .def(py::init<std::string>(), py::arg("path"))  // bytes where it is no UTF-8
+      .def(py::init<std::string>(), py::arg("path"))  // bytes if it is not valid UTF-8
       .def_property_readonly("size", &File::size)
       .def_property_readonly("is_direct", &File::is_direct)
       .def("fileno", &File::fileno);

@@ -33,7 +33,7 @@ PYBIND11_MODULE(_core, m) {
   py::register_exception_translator([](std::exception_ptr p) {
     const auto raise = [](const char* type, const char* what) {
       py::object e = py::module_::import("edgemoe.errors").attr(type);
-      // The name of a file may be no UTF-8.
+      // A file's name may not be valid UTF-8.
       PyErr_SetObject(e.ptr(), py::reinterpret_steal<py::object>(PyUnicode_DecodeFSDefault(what)).ptr());
     };
     try {
@@ -89,7 +89,7 @@ PYBIND11_MODULE(_core, m) {
       py::arg("file").none(false), py::arg("offsets"), py::arg("length"), py::arg("num_readers"),
       "Bytes per second of reads of `length` at `offsets`, several at a time; both multiples of 4096.");
 
-  bind_device(m);  // whose classes the cache's signatures name
+  bind_device(m);  // before the cache, whose signatures name its classes
   bind_cache(m);
   bind_use_rows(m);
   bind_guesses(m);

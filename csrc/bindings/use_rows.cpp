@@ -10,7 +10,7 @@
 namespace edgemoe {
 namespace {
 
-/// The rows of all layers, what becomes of them, and the arrays that all of it is in.
+/// The `UseRows` of all layers, the odds that are computed from them, and the arrays that all of these lie in.
 class LiveRows {
  public:
   LiveRows(Array<double> raw, Array<double> now, Array<double> before, Array<double> odds, Array<double> weights,
@@ -76,14 +76,14 @@ class LiveRows {
     return {raw_.mutable_data() + 2 * at, now_.mutable_data() + 5 * at, before_.mutable_data() + 5 * at, experts_};
   }
 
-  /// Experts of a layer; throws unless there are some.
+  /// Returns the data of experts of a layer; throws unless there are any and all are in range.
   const int32_t* some(const Array<int32_t>& experts, const char* name) const {
     expect_within(name, experts.size(), 1, INT32_MAX);
     for (py::ssize_t i = 0; i < experts.size(); ++i) expect_within(name, experts.data()[i], 0, experts_ - 1);
     return experts.data();
   }
 
-  /// Where the odds by habit go.
+  /// Where the odds by habit are written.
   double* logarithms(int layer) {
     return text_ ? text_->habit.mutable_data() + size_t(layer) * size_t(experts_) : odds_.mutable_data();
   }

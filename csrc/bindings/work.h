@@ -1,4 +1,4 @@
-// How bindings run what computes on a workspace: now, or as part of what is noted.
+// How bindings run work on a workspace: now, or recorded to be repeated later.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -9,7 +9,8 @@
 
 namespace edgemoe {
 
-/// Does work without Python's lock, or adds it to what the workspace notes. It must hold addresses and values only.
+/// Runs work without the GIL, or adds it to the recording in `Workspace::notes` if one is open. Work must hold
+/// addresses and values only.
 template <class Work>
 void run(Workspace& ws, Work work) {
   if (ws.notes.is_open()) return ws.notes.add(std::move(work));
@@ -17,7 +18,7 @@ void run(Workspace& ws, Work work) {
   work();
 }
 
-/// The same of work(position), of a token that is at another one when it is repeated.
+/// The same for work(position), which is called with the position of each repetition.
 template <class Work>
 void run_at(Workspace& ws, int pos, Work work) {
   if (ws.notes.is_open()) return ws.notes.add([&ws, work = std::move(work)] { work(ws.notes.pos); });
