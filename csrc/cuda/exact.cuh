@@ -78,7 +78,7 @@ __device__ __forceinline__ float dot16(const float* a, const float* b, int cols)
   float acc = 0;
   EDGEMOE_UNROLL_8
   for (int c = lane; c < cols; c += 16) acc = fmaf(a[c], b[c], acc);
-  if (cols % 16 && lane >= cols % 16) acc = fmaf(0.0f, 0.0f, acc);  // makes -0 +0, as the CPU's padding does
+  if (cols % 16 && lane >= cols % 16) acc = fmaf(0.0f, 0.0f, acc);  // the CPU's padding, which turns -0 into +0
   return reduce16(acc);
 }
 

@@ -1,4 +1,4 @@
-// What the core's own tests say when something is wrong.
+// The check of the core's own tests, which prints what failed and counts it.
 #pragma once
 
 #include <cstdio>

@@ -30,7 +30,7 @@ using namespace edgemoe;
 
 namespace {
 
-int num_threads = 2;  ///< of computing; the first argument
+int num_threads = 2;  ///< for computing; the first argument
 
 /// Whether `body` throws an E.
 template <class E, class Body>
@@ -90,7 +90,7 @@ struct ExpertFile {
         table.crcs.push_back(crc32c(rung.data(), rung.size()));
       }
       table.offsets.push_back(at);
-      if (e % 3 == 2) have[size_t(e)] = uint8_t(1 + e / 3);  // as where the rest was not stored
+      if (e % 3 == 2) have[size_t(e)] = uint8_t(1 + e / 3);  // as if the rest had not been stored
       at = round_up(at + end, kPage);
     }
     CHECK(ftruncate(fd, off_t(at)) == 0);
@@ -156,7 +156,7 @@ void test_random_requests_on(const ExpertFile& file, double experts) {
     cache->close();
     cache->check_integrity();
     if (rng() % 4 == 0) cache->shrink(int(rng() % kExperts), int(rng() % 5));
-    if (rng() % 8 == 0) {  // less for a while
+    if (rng() % 8 == 0) {  // a smaller budget for a while
       cache->set_budget(record_bytes(file));
       cache->check_integrity();
       cache->set_budget(size_t(experts * double(record_bytes(file))));
@@ -239,7 +239,7 @@ void test_statistics_from_another_thread(const ExpertFile& file) {
   }
 }
 
-/// Shapes by which pointers are computed are refused where they are wrong.
+/// Wrong shapes are refused, as pointers are computed from them.
 void test_shapes_that_do_not_fit_are_refused(const ExpertFile& file) {
   const auto open = [&](void (*change)(ExpertShape*), bool is_dry) {
     ExpertShape shape = file.shape();
@@ -265,7 +265,7 @@ void test_shapes_that_do_not_fit_are_refused(const ExpertFile& file) {
   CHECK(throws<std::invalid_argument>([] { Workspace::bytes(-1, {1, 64, 64, 1, 16, 1}); }));
 }
 
-/// A matrix of a file is that of its rungs; what is damaged, short or of another size is an error.
+/// A matrix read from a file equals the one made from its rungs. Damage, a short file and another size are errors.
 void test_resident_matrices(const ExpertFile& file) {
   const int rows = kExpertHidden, cols = kHidden;
   const size_t first = rung_bytes(Scheme::kNested, rows, cols, {kWidths[0], true, true});
@@ -303,7 +303,7 @@ void test_resident_matrices(const ExpertFile& file) {
       [&] { nested_from_rungs({{bytes.bytes(), first - 1}}, rows, cols, {kWidths[0]}, {Scheme::kNested, {1}}); }));
 }
 
-/// Numbers that cannot be computed with are errors, and nothing is cast that does not fit.
+/// Numbers that are not valid in an objective are errors, and nothing is cast that does not fit.
 void test_objectives_that_are_none_are_refused() {
   const int rows = 20, cols = 24;
   const std::vector<uint8_t> widths = {2, 2};
@@ -341,7 +341,7 @@ void test_objectives_that_are_none_are_refused() {
     }
   }
   CHECK(throws<std::invalid_argument>([&] { run(std::vector<float>(8), moments, squares); }));
-  // Products that overflow on the way are bad codes and no more.
+  // Products that overflow on the way give bad codes, but no error.
   run(weights, std::vector<float>(moments.size(), 3e38f), squares);
 }
 
@@ -366,7 +366,7 @@ void test_uses_after_long_passes() {
   }
 }
 
-/// The sums of RFC 3720 (B.4), by table and by instruction, whole and in two parts, at any address.
+/// The checksums of RFC 3720 (B.4), by table and by instruction, whole and in two parts, at any address.
 void test_checksums() {
   std::vector<uint8_t> bytes(32, 0);
   CHECK(crc32c(bytes.data(), 32) == 0x8a9136aa && crc32c_by_table(bytes.data(), 32) == 0x8a9136aa);
@@ -384,7 +384,7 @@ void test_checksums() {
   }
 }
 
-/// The slow and obvious search: all that may go, by slot.
+/// The slow and obvious search through all that may go, in the order of slots.
 int lowest_of_all(const Policy& policy, const std::vector<int>& owners) {
   int victim = -1;
   for (const int e : owners) {
@@ -393,7 +393,7 @@ int lowest_of_all(const Policy& policy, const std::vector<int>& owners) {
   return victim;
 }
 
-/// Whatever comes and goes and is scored anew, the victim is that of the slow search, equals by slot too.
+/// Whatever is added, removed and scored anew, the victim is that of the slow search, also among equals.
 void test_victims_are_those_of_a_search_among_all() {
   constexpr int kLayers = 5, kEach = 70, kAll = kLayers * kEach;
   std::mt19937 rng(3);
@@ -421,7 +421,7 @@ void test_victims_are_those_of_a_search_among_all() {
           owners[size_t(slots[e])] = -1;
           slots[e] = -1;
           break;
-        case 6:  // by layer: close values, of which rounding makes equals
+        case 6:  // scales and shifts with which rounding makes close values equal
           for (int l = 0; l < kLayers; ++l) {
             scale[l] = 1.0 / (1 + below(7));
             shift[l] = below(2) ? 0.0 : double(below(3));
@@ -467,7 +467,7 @@ void test_thread_pool() {
       CHECK(pool.first(count, 3, 0) == 0 && pool.first(count, 3, threads) == count);
       for (int i = 0; i < threads; ++i) CHECK(pool.first(count, 3, i) <= pool.first(count, 3, i + 1));
     }
-    // What is expected is a hint: loops run whatever it is, and nowhere need anything lie.
+    // What is expected is only a hint: loops run whatever it is, and its addresses need not be valid.
     for (int round = 0; round < 2000; ++round) {
       Ahead ahead;
       ahead.from[0] = reinterpret_cast<const uint8_t*>(seen.data());
@@ -505,10 +505,10 @@ void test_rows_do_not_depend_on_their_batch(const ExpertFile& file) {
   }
 }
 
-/// Every instruction set gives the bits of the scalar one.
+/// The best instruction set gives the bits of the scalar one.
 void test_instruction_sets_agree(const ExpertFile& file) {
   const int T = 90, heads = 6, kv_heads = 2, head_dim = 18, stride = 32, capacity = 400;
-  // Positions and lengths of chunks: more tokens than pass over the keys together, and keys that share no softmax.
+  // Positions and lengths of chunks: more queries than pass over the keys together, and keys of different blocks.
   const std::pair<int, int> chunks[] = {{0, 36}, {36, 5}, {250, 9}, {259, 1}};
   auto cache = file.open(kExperts * record_bytes(file));
   std::mt19937 rng(5);
@@ -573,7 +573,7 @@ void test_instruction_sets_agree(const ExpertFile& file) {
     const KvType types[] = {KvType::kF16, KvType::kF32, KvType::kQ8, KvType::kQ4, KvType::kQ3, KvType::kQ2};
     for (const KvType key_type : types) {
       for (const KvType value_type : types) {
-        // Two different types of which none is f16: two chunks are enough.
+        // For two different types, neither of which is f16, two chunks are enough.
         const bool is_mixed = key_type != value_type && key_type != KvType::kF16 && value_type != KvType::kF16;
         const size_t keys = kv_heads * kv_head_bytes(key_type, capacity, stride);
         std::vector<uint8_t> kv(keys + kv_heads * kv_head_bytes(value_type, capacity, stride));
@@ -607,7 +607,7 @@ void test_instruction_sets_agree(const ExpertFile& file) {
   }
 }
 
-/// Products and decoded rows of a matrix have the same bits for one token and many, by plain and by the best kernels.
+/// Products and decoded rows of a matrix have the same bits for one token and many, by scalar and by the best kernels.
 void check_agreement(const NestedMatrix& w, std::mt19937& rng) {
   std::normal_distribution<float> normal;
   const int T = 70;
@@ -633,7 +633,7 @@ void check_agreement(const NestedMatrix& w, std::mt19937& rng) {
   }
 }
 
-/// MWQ on random planes: every instruction set gives the scalar one's bits, and a row those it gets alone.
+/// MWQ on random planes: the best instruction set gives the scalar one's bits, and a row gives those it gives alone.
 void test_mwq_agrees() {
   std::mt19937 rng(11);
   std::normal_distribution<float> normal;

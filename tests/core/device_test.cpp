@@ -1,5 +1,5 @@
-// What the core does with a device whose queues are threads: copies that overlap, fences, a mailbox that a kernel
-// writes while the host looks, experts that are copied from the cache below. For ThreadSanitizer above all.
+// The core with a device whose queues are threads: copies that overlap, fences, a mailbox that a kernel writes while
+// the host polls it, experts that are copied from the cache below. Meant for ThreadSanitizer above all.
 #include <unistd.h>
 
 #include <atomic>
@@ -25,7 +25,7 @@ using namespace edgemoe;
 
 namespace {
 
-/// A thread for each queue, which runs what is queued in its order.
+/// A device with a thread for each queue, which runs the queued work in order.
 class ThreadedDevice final : public IdleDevice {
  public:
   ThreadedDevice() {
@@ -40,7 +40,7 @@ class ThreadedDevice final : public IdleDevice {
     for (std::thread& t : threads_) t.join();
   }
 
-  /// Waits for all work, as the interface has it.
+  /// Waits for all work, as the interface demands.
   void free(void* p, Room room) noexcept override {
     {
       std::unique_lock<std::mutex> lock(mutex_);
@@ -65,7 +65,7 @@ class ThreadedDevice final : public IdleDevice {
   void copy(void* to, const void* from, size_t n) override {
     push(kCompute, [=] { std::memcpy(to, from, n); });
   }
-  /// Which reads what the kernel before it wrote, as products read an expert.
+  /// Reads what the kernel before it wrote, as products read an expert.
   void scale(float factor, size_t n, float* out) override {
     push(kCompute, [=] {
       for (size_t i = 0; i < n; ++i) out[i] *= factor;
@@ -177,7 +177,7 @@ void test_copies_and_the_mailbox(bool mailbox) {
   std::mt19937 random(1);
   std::vector<DeviceMemory> there;
   std::vector<std::vector<float>> here;
-  for (size_t n : {size_t(3), size_t(700), size_t(5000), size_t(700000)}) {  // the last takes pieces of its own
+  for (size_t n : {size_t(3), size_t(700), size_t(5000), size_t(700000)}) {  // the last takes several pieces
     there.emplace_back(space, n * sizeof(float));
     here.emplace_back(n, 0.0f);
   }
@@ -192,7 +192,7 @@ void test_copies_and_the_mailbox(bool mailbox) {
     space->download({{found.data(), there[j].as(), found.size() * sizeof(float)}});
     if (round > 30) CHECK(found == here[j]);
     if (j == i) CHECK(found == here[i]);
-    if (round == 10) {  // by now all have something
+    if (round == 10) {  // from now on all arrays have content
       for (size_t k = 0; k < there.size(); ++k) {
         space->upload(there[k].as(), here[k].data(), here[k].size() * sizeof(float));
       }
@@ -202,7 +202,7 @@ void test_copies_and_the_mailbox(bool mailbox) {
 
 constexpr int kExperts = 24;
 
-/// Experts of one page, expert e at page e, full of its number.
+/// A file of experts of one page each: expert e is page e, filled with e + 1.
 struct TempFile {
   std::string path = "/tmp/edgemoe_device_test_XXXXXX";
   TempFile() {
@@ -232,7 +232,7 @@ void take_all(Cache& cache, size_t count) {
   CHECK(taken == count);
 }
 
-/// What the device has is what the file has, whatever is copied behind the kernels that read what was there.
+/// The device has the bytes of the file, although experts are copied to slots that queued kernels have yet to read.
 void test_experts_of_both_tiers() {
   const TempFile temp;
   const auto file = std::make_shared<File>(temp.path);

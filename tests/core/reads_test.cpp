@@ -1,4 +1,4 @@
-// The order of reads: a file whose reads wait for a permit, and what was begun in which order.
+// The order of reads, tested with a file whose reads wait for a permit and which keeps the order in which they began.
 #include <unistd.h>
 
 #include <algorithm>
@@ -32,7 +32,7 @@ struct TempFile {
   ~TempFile() { unlink(path.c_str()); }
 };
 
-/// Reads that begin and then wait until the test permits them, in whatever order they come.
+/// A file whose reads begin and then wait until the test permits them, in any order.
 class GatedFile : public File {
  public:
   using File::File;
@@ -54,7 +54,7 @@ class GatedFile : public File {
     changed_.notify_all();
   }
 
-  /// The pages at which reads began, once there are so many; fewer if no more begin for ten seconds.
+  /// The pages at which reads began, once there are `count`; fewer after ten seconds.
   std::vector<int> begun(size_t count) const {
     std::unique_lock<std::mutex> lock(mutex_);
     changed_.wait_for(lock, std::chrono::seconds(10), [&] { return begun_.size() >= count; });
@@ -68,7 +68,7 @@ class GatedFile : public File {
   mutable int permits_ = 0;
 };
 
-/// Jobs of one page each, at page i.
+/// Jobs of one page each: job i reads page i.
 struct Jobs {
   explicit Jobs(int count) : memory(size_t(count) * kPage), jobs(size_t(count)) {
     for (int i = 0; i < count; ++i) {
@@ -117,7 +117,7 @@ struct OnePageCache {
     return count;
   }
 
-  /// Waits for what is read ahead: until a wanted one has come after it.
+  /// Waits for a read ahead that is in flight: until the wanted `expert` has been read after it.
   void settle(int32_t expert) {
     begin({expert}, {});
     CHECK(take_all() == 1);
@@ -178,7 +178,7 @@ void test_a_read_is_taken_back_until_it_begins(const std::string& path) {
   CHECK(file->begun(2) == Pages({0, 3}));
 }
 
-/// One thread is kept for what is wanted, however much is read ahead.
+/// One thread is kept for urgent reads, however much is read ahead.
 void test_reads_ahead_leave_a_thread(const std::string& path) {
   auto file = std::make_shared<GatedFile>(path);
   Jobs jobs(8);
@@ -189,12 +189,12 @@ void test_reads_ahead_leave_a_thread(const std::string& path) {
   const Pages begun = file->begun(3);
   CHECK(begun.size() == 3 && begun.back() == 5);
   loader.submit(jobs(6));
-  file->permit(1);  // whichever ends: the next is the one that is wanted
+  file->permit(1);  // whichever ends, the next to begin is the urgent one
   CHECK(file->begun(4).back() == 6);
   finish(&loader, file.get());
 }
 
-/// A request's reads overtake those ahead; of these, one that is wanted by now does too.
+/// A request's reads overtake reads ahead; so does a read ahead that the request wants.
 void test_a_request_overtakes_what_is_ahead(const std::string& path) {
   OnePageCache c(path, 12);
   c.begin({0}, {4, 5, 6});
@@ -215,7 +215,7 @@ void test_a_request_overtakes_what_is_ahead(const std::string& path) {
   c.cache->check_integrity();
 }
 
-/// What is read ahead and no longer listed is taken back, unless it has begun or the request waits for it.
+/// Reads ahead that are no longer listed are cancelled, unless they have begun or the request waits for them.
 void test_only_what_nobody_wants_is_taken_back(const std::string& path) {
   OnePageCache c(path, 12);
   c.begin({0}, {4, 5, 6, 7});
@@ -226,7 +226,7 @@ void test_only_what_nobody_wants_is_taken_back(const std::string& path) {
   c.cache->next(&group);
   CHECK(c.file->begun(2) == Pages({0, 4}));
   CHECK(c.cache->stats().ahead_reads == 4);
-  c.begin({6, 1}, {});  // 4 has begun, 5 and 7 are taken back, 6 is wanted
+  c.begin({6, 1}, {});  // 4 has begun, 5 and 7 are cancelled, 6 is wanted
   const CacheStats stats = c.cache->stats();
   CHECK(stats.ahead_reads == 2);
   CHECK(stats.ahead_late == 1);
@@ -250,12 +250,12 @@ void test_a_closed_request_reads_no_more(const std::string& path) {
   CHECK(c.take_all() == 3);
   Pages all = c.file->begun(5);
   std::sort(all.begin(), all.end());
-  CHECK(std::unique(all.begin(), all.end()) == all.end());  // nothing twice
+  CHECK(std::unique(all.begin(), all.end()) == all.end());  // nothing is read twice
   CHECK(at_close.size() <= all.size());
   c.cache->check_integrity();
 }
 
-/// Where nothing else can be dropped, what is ahead and has not begun makes room; what is wanted later does not.
+/// Where nothing else can be dropped, reads ahead that have not begun make room; what the request still wants does not.
 void test_what_is_ahead_makes_room_for_what_is_wanted(const std::string& path) {
   OnePageCache c(path, 3);
   c.begin({0}, {4, 5});
@@ -273,7 +273,7 @@ void test_what_is_ahead_makes_room_for_what_is_wanted(const std::string& path) {
   c.cache->check_integrity();
 }
 
-/// A budget is lowered at once: what is read ahead is taken back, what has begun is waited for.
+/// A budget is lowered at once: reads ahead are cancelled, and those that have begun are waited for.
 void test_a_lower_budget_takes_reads_back(const std::string& path) {
   OnePageCache c(path, 8);
   c.begin({0}, {4, 5, 6, 7});

@@ -14,7 +14,7 @@
 #include <sanitizer/common_interface_defs.h>
 #endif
 
-// Saves what a callee must save, and goes on with another stack.
+// Saves the callee-saved registers and continues on another stack.
 extern "C" void cudasim_switch(void** save_stack, void* stack);
 #if defined(__x86_64__)
 asm(R"(
@@ -81,7 +81,7 @@ namespace {
 
 constexpr size_t kStack = 128 * 1024;
 
-/// What `cudasim_switch` finds on a stack that has not run yet.
+/// Prepares a stack that has not run yet, as `cudasim_switch` expects it. Returns its stack pointer.
 void* prime(char* top, void (*entry)()) {
   char* aligned = reinterpret_cast<char*>(reinterpret_cast<uintptr_t>(top) & ~uintptr_t(15));
 #if defined(__x86_64__)
@@ -100,7 +100,7 @@ void* prime(char* top, void (*entry)()) {
 
 enum class Wait : uint8_t { kNone, kBarrier, kWarp, kEnd };
 
-/// Where lanes of a warp meet, one for each mask.
+/// A meeting of lanes of a warp; there is one for each mask.
 struct Meeting {
   unsigned mask = 0, arrived = 0;
   uint64_t turn = 0;
@@ -208,7 +208,7 @@ void start(int n, dim3 grid, dim3 size, uint3 at, const std::function<void()>& b
   }
 }
 
-/// All threads that have not ended are at a barrier: the same one, or it is an error.
+/// Lets threads go on once all that have not ended are at a barrier. Returns false unless it is the same one.
 bool pass_barrier(int n) {
   const Thread* first = nullptr;
   for (int i = 0; i < n; ++i) {

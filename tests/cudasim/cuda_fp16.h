@@ -1,4 +1,4 @@
-// Stands in for CUDA's header of this name: conversions alone, to nearest even.
+// Stands in for CUDA's header of this name: conversions only, rounding to nearest even.
 #pragma once
 
 #include <cmath>

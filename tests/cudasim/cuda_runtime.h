@@ -1,5 +1,5 @@
-// Stands in for CUDA's header of this name when g++ compiles the kernels for the simulator: what csrc/cuda uses, and no
-// more, so that the tests need no toolkit. nvcc checks the same sources against NVIDIA's own.
+// Stands in for CUDA's header of this name when g++ compiles the kernels for the simulator. It has what csrc/cuda uses
+// and no more, so that the tests need no toolkit. nvcc checks the same sources against NVIDIA's own header.
 #pragma once
 
 #include <cmath>
@@ -104,7 +104,7 @@ const char* cudaGetErrorString(cudaError_t error);
 
 namespace cudasim {
 
-/// Where a thread is.
+/// A thread's coordinates.
 struct Place {
   uint3 thread, block;
   dim3 block_size, grid_size;
@@ -113,10 +113,10 @@ struct Place {
 extern Place* g_here;
 
 void sync_threads(const char* file, int line);
-/// All lanes of `mask` meet; returns what each brought.
+/// Waits for all lanes of `mask`. Returns the value of each lane.
 const uint64_t* exchange(unsigned mask, uint64_t value, const char* what);
 void* shared_memory(const char* key, size_t bytes);
-/// An error of a kernel's argument, if it points to what is neither device memory nor pinned.
+/// Returns an error if a kernel's argument points neither to device memory nor to pinned memory.
 cudaError_t check_pointer(const void* p, const char* kernel, int arg);
 cudaError_t enqueue_kernel(dim3 grid, dim3 block, cudaStream_t stream, const char* name, std::function<void()> body);
 
@@ -164,7 +164,7 @@ T shuffle(unsigned mask, T value, int from, const char* what) {
 #define gridDim (::cudasim::g_here->grid_size)
 #define __syncthreads() ::cudasim::sync_threads(__FILE__, __LINE__)
 
-/// A kernel is one step for the host here, so that nothing is seen out of order.
+/// Does nothing: here a kernel is one step for the host, which sees nothing out of order.
 inline void __threadfence_system() {}
 inline void __syncwarp(unsigned mask = 0xffffffffu) { cudasim::exchange(mask, 0, "__syncwarp"); }
 template <class T>
@@ -196,7 +196,7 @@ T __ldg(const T* p) {
 }
 inline float __int_as_float(int bits) { return cudasim::unpack<float>(uint32_t(bits)); }
 inline int __float_as_int(float x) { return int(cudasim::pack(x)); }
-/// Threads of a block are fibers of one thread.
+/// Need not be atomic: the threads of a block are fibers of one thread.
 inline unsigned long long atomicMin(unsigned long long* p, unsigned long long value) {
   const unsigned long long old = *p;
   if (value < old) *p = value;

@@ -1,5 +1,5 @@
-// A plug-in whose device does nothing but count: memory is the host's, copies are made at once, and kernels are not
-// run. What a pass takes with it is the host's own work. See benchmarks/device_host.py.
+// A plug-in whose device does nothing but count: its memory is the host's, copies are made at once, and kernels are not
+// run. So the time of a pass with it is that of the host's own work. See benchmarks/device_host.py.
 #include "idle.h"
 
 #include <memory>

@@ -1,4 +1,4 @@
-// A device that does nothing but count: memory is the host's, copies are made at once, and kernels are not run.
+// A device that does nothing but count: its memory is the host's, copies are made at once, and kernels are not run.
 #pragma once
 
 #include <cstdlib>
@@ -10,7 +10,7 @@
 
 namespace edgemoe {
 
-/// Since the start: kernels, bytes of weights and of states that they would read, copies in and out.
+/// Counts since the start: kernels, bytes of weights and of states that they would read, copies in and out.
 struct Counts {
   uint64_t launches, weight_bytes, state_bytes, copies_in, copies_out;
 };
@@ -42,7 +42,7 @@ class IdleDevice : public Device {
   void free(void* p, Room) noexcept override { std::free(p); }
   void fill(void* to, int byte, size_t n) override { std::memset(to, byte, n); }
   void copy_in(int, void* to, const void* pinned, size_t n) override {
-    constexpr size_t kSmall = size_t(1) << 17;  // what is larger is weights, which nobody looks at
+    constexpr size_t kSmall = size_t(1) << 17;  // larger copies are of weights, which nobody reads
     if (n <= kSmall) std::memcpy(to, pinned, n);
     ++g_counts.copies_in;
   }
@@ -149,7 +149,7 @@ class IdleDevice : public Device {
   void prepare_latents(const LatentsCall&, int) override { launched(1); }
 
  private:
-  /// What was noted: its counts, and what is sent to the host.
+  /// Recorded work: its counts, and what it sends to the host.
   struct Noted {
     Counts counts;
     std::vector<PostCall> posts;

@@ -33,7 +33,7 @@ cudaError_t fail(cudaError_t error, const std::string& why) {
 // ---------------------------------------------------------------- memory
 
 constexpr size_t kCanary = 256;
-constexpr size_t kArena = size_t(4) << 30;  ///< of address space
+constexpr size_t kArena = size_t(4) << 30;  ///< bytes of address space
 
 struct Range {
   size_t size;
@@ -41,7 +41,7 @@ struct Range {
 };
 std::map<char*, Range> g_ranges;
 
-/// Device memory is one stretch of addresses, so that it is closed and opened as a whole.
+/// All device memory: one range of addresses, so that it can be closed and opened as a whole.
 struct Arena {
   char* base = nullptr;
   std::map<size_t, size_t> holes;  ///< by offset
@@ -115,7 +115,7 @@ struct Operation {
   std::function<bool()> is_ready;
   std::function<void()> run;
 };
-/// What one stream noted: operations with their arguments, which a launch queues again.
+/// What was captured from a stream: operations with their arguments, which a launch queues again.
 struct Graph {
   std::vector<Operation> operations;
 };
@@ -139,7 +139,7 @@ void push(cudaStream_t s, std::function<void()> run, std::function<bool()> is_re
   to->capture ? to->capture->operations.push_back(std::move(op)) : to->queue.push_back(std::move(op));
 }
 
-/// Of what may not be asked for while a stream's work is noted.
+/// Whether a stream is being captured, while some calls are not allowed.
 bool is_capturing() {
   return std::any_of(g_streams.begin(), g_streams.end(), [](const Stream* s) { return s->capture != nullptr; });
 }
@@ -183,7 +183,7 @@ cudaError_t run_all() {
       [] { return std::all_of(g_streams.begin(), g_streams.end(), [](auto* s) { return s->queue.empty(); }); });
 }
 
-/// What every call returns from now on; a device that is found again has forgotten its work.
+/// Returns what every call returns from now on. A device that comes back has forgotten its work.
 cudaError_t lose(bool yes) {
   if (yes) {
     g_report = "the device is gone, as the test wants";
@@ -253,11 +253,12 @@ cudaError_t enqueue_kernel(dim3 grid, dim3 block, cudaStream_t stream, const cha
 
 using namespace cudasim;
 
-/// Sets one thing and returns what it was, for tests that have only the plug-in: "seed", the stream that is "starved"
-/// (-1 for none), "devices", the "driver" as CUDA numbers it, "integrated", the bytes that "others" have, whether it is
-/// "lost", whether copies "may_copy", whether the host "may_lend" memory, and how many streams, events and pinned
-/// buffers one "may_make". What is to be read alone is "peak", in device bytes, "pinned", in KiB of the host,
-/// "streams", "pageable", the copies that were not from pinned memory, and "graphs", how often noted work was repeated.
+/// Sets one value and returns the one before, for tests that have only the plug-in: "seed", the stream that is
+/// "starved"
+/// (-1 for none), "devices", the "driver" as CUDA numbers it, "integrated", the bytes that "others" hold, whether the
+/// device is "lost", whether copies "may_copy", whether the host "may_lend" memory, and how many streams, events and
+/// pinned buffers one "may_make". Read-only are "peak", in device bytes, "pinned", in KiB of host memory, "streams",
+/// "pageable", the copies not from pinned memory, and "graphs", how often recorded work was repeated.
 extern "C" int cudasim_configure(const char* name, int value) {
   const std::lock_guard<std::recursive_mutex> lock(g_mutex);
   const std::string what = name;
@@ -415,7 +416,7 @@ cudaError_t cudaHostUnregister(void* p) {
 
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream) {
   CUDASIM_ENTER;
-  CUDASIM_NOT_CAPTURED;  // a copy would have the addresses of then
+  CUDASIM_NOT_CAPTURED;  // a captured copy would keep its addresses
   const bool in = kind == cudaMemcpyHostToDevice;
   const void *device = in ? to : from, *host = in ? from : to;
   if (!g_config.may_copy) return fail(cudaErrorInvalidValue, "copies fail, as the test wants");
