@@ -35,7 +35,7 @@ class Backing {
 
   /// Whether there are bytes at all; if not, every fetch ends at once and `view` has nothing to show.
   virtual bool keeps_bytes() const = 0;
-  /// Bytes of which what slots take and give back is a multiple.
+  /// What slots take and give back is a multiple of this many bytes.
   virtual size_t granule() const = 0;
 
   /// Called once, before all else: makes slots [0, num_slots) of `window` bytes, side by side, which take no memory

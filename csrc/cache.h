@@ -241,7 +241,7 @@ class Cache {
   int max_level_;
   size_t num_there_ = 0;  ///< experts that have rungs
   size_t window_bytes_ = 0;
-  std::vector<uint32_t> level_pages_;  ///< pages that an expert with so many rungs takes
+  std::vector<uint32_t> level_pages_;  ///< pages that an expert takes, by its number of rungs
   std::vector<uint32_t> level_bits_;   ///< bits of w_gate, likewise
   Relaxed<uint32_t> budget_pages_;
   uint32_t most_pages_ = 0;

@@ -13,7 +13,7 @@
 
 namespace edgemoe {
 
-/// How large an engine's scratch must be.
+/// The sizes for which an engine's scratch memory is made.
 struct WorkspaceShape {
   int max_rows;     ///< tokens of a chunk
   int max_cols;     ///< widest input of a matrix

@@ -7,27 +7,27 @@
 
 namespace edgemoe {
 
-/// A file is not what it claims to be.
+/// The error of a file that is not what it claims to be.
 struct FormatError : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-/// The memory budget is too small for what was asked.
+/// The error of a memory budget that is too small for what was asked.
 struct OutOfBudget : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-/// The disk failed, or the file ended, while weights were read. The message gives the path and the offset.
+/// The error of a read of weights: the disk failed, or the file ended. The message gives the path and the offset.
 struct ReadError : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-/// A value that the model computed does not fit the type in which it must be stored.
+/// The error of a computed value that does not fit the type in which it must be stored.
 struct RangeError : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-/// A device failed or is not available. The message names the call that failed.
+/// The error of a device that failed or is not available. The message names the call that failed.
 struct DeviceError : std::runtime_error {
   using std::runtime_error::runtime_error;
 };

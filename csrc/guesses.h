@@ -17,8 +17,8 @@ void decay_uses(double* uses, int n, const int32_t* chosen, int k, double left);
 void renew_records(double* records, double* last, const int32_t* chosen, const int8_t* bits, int k, const double* worth,
                    double now);
 
-/// When the experts of a layer are expected to run again, by ExpertFlow; the cache drops by these moments. A moment
-/// counts layers since the start; a round is one pass through all `round` layers.
+/// The moments at which the experts of a layer are expected to run again, by ExpertFlow; the cache drops by them. A
+/// moment counts layers since the start; a round is one pass through all `round` layers.
 struct PathRow {
   double* scores;  ///< [num_experts]: minus the moment
   double* late;    ///< [num_experts]: rounds by which a predicted expert is late if it does not run; 0 outside `path`
@@ -39,8 +39,8 @@ struct PathRow {
   void predict(const double* odds, double moment, double penalty) const;
 };
 
-/// How often each expert followed those of the layers before it (EdgeMoE's table), for all layers, in arrays that the
-/// caller owns.
+/// Counts of how often each expert followed those of the layers before it (EdgeMoE's table), for all layers, in arrays
+/// that the caller owns.
 struct PathTable {
   float* pairs;   ///< [layers, experts, experts]: counts of an expert of the layer before and one of the layer
   float* far;     ///< the same with an expert two layers before, or null

@@ -70,7 +70,7 @@ void check_shape(int rows, int cols);
 /// valid.
 NestedMatrix hollow_matrix(int rows, int cols, const std::vector<uint8_t>& widths, const Coding& coding);
 
-/// Copies the rungs of a matrix [rows, cols]. Throws std::invalid_argument unless each has as many bytes as it must.
+/// Copies the rungs of a matrix [rows, cols]. Throws std::invalid_argument unless each has the right number of bytes.
 std::unique_ptr<Nested> nested_from_rungs(const std::vector<RungBytes>& rungs, int rows, int cols,
                                           const std::vector<uint8_t>& widths, const Coding& coding);
 

@@ -12,7 +12,7 @@ namespace edgemoe {
 
 constexpr size_t kPage = 4096;  ///< unit of direct reads and of records
 
-/// Bytes of the unit in which the system gives and takes back memory: its page size, at least kPage.
+/// The unit, in bytes, in which the system gives and takes back memory: its page size, at least kPage.
 size_t system_page();
 
 inline size_t round_up(size_t n, size_t unit) { return (n + unit - 1) / unit * unit; }

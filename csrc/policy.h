@@ -9,17 +9,17 @@
 
 namespace edgemoe {
 
-/// Scores that somebody else keeps, live: expert e of layer l has the score scores[e] * scale[l] + shift[l].
+/// Scores that are kept elsewhere and read live: expert e of layer l has the score scores[e] * scale[l] + shift[l].
 struct GivenScores {
   const double* scores;         ///< [layers * experts]
   const double* scale;          ///< [layers], above 0
   const double* shift;          ///< [layers]
-  const uint32_t* version;      ///< [layers]: incremented by whoever writes scores of a layer
+  const uint32_t* version;      ///< [layers]: incremented by the writer of a layer's scores
   const uint8_t* decides;       ///< [1]: 0 while the policy's own scores are to decide
   std::shared_ptr<void> owner;  ///< keeps all of these alive
 };
 
-/// The scores of all experts, by their uses or given by somebody else. One thread at a time.
+/// The scores of all experts, computed from their uses or given from outside. One thread at a time.
 class Policy {
  public:
   /// "lru": least recently used. "lfu": least frequently used, where a use counts half after kHalfLife tokens.

@@ -131,7 +131,7 @@ bool DeviceSpace::post(const std::vector<Fetch>& what) {
 void DeviceSpace::wait_for_post() {
   is_posted_ = false;  // even if it never arrives
   const auto is_there = [&] { return __atomic_load_n(turn_of_mail_, __ATOMIC_ACQUIRE) == turn_of_mail_[1]; };
-  constexpr int kLooks = 64;  // a call to the driver takes as long as so many looks
+  constexpr int kLooks = 64;  // a call to the driver takes as long as this many looks
   for (int looks = 1; !is_there(); ++looks) {
     if (looks % kLooks || device_->progress() || is_there()) continue;
     throw DeviceError("the device has nothing left to do, and what it was to send is not there");

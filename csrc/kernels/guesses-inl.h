@@ -50,7 +50,7 @@ void logs(const double* x, int n, double* out) {
 /// e^x = 2^n e^r, and e^r by its series.
 template <class V>
 void powers(double* x, int n) {
-  constexpr double kShift = 6755399441055744.0;  // 1.5 * 2^52: what is added to it is rounded to a whole number
+  constexpr double kShift = 6755399441055744.0;  // 1.5 * 2^52: adding it rounds to a whole number
   constexpr double kMost = 20, kLeast = -700;
   for (int i = 0; i < n; ++i) {
     const double up_to = x[i] < kMost ? x[i] : kMost, at = up_to > kLeast ? up_to : kLeast;

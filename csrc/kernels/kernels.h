@@ -275,7 +275,7 @@ struct AttentionShape {
   int window;  ///< how many of the last positions a query sees; 0 for all
   float scale;
   int rope_dim;   ///< leading columns of a head that are rotated; 0 for none
-  int chunk = 0;  ///< a query sees only positions in its own chunk of so many; 0 for all
+  int chunk = 0;  ///< a query sees only positions in its own chunk of this length; 0 for all
 };
 
 /// One head of a gated delta rule over some tokens; strides are floats from one token to the next.
