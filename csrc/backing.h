@@ -11,8 +11,7 @@
 
 namespace edgemoe {
 
-/// What to bring into a slot: rungs [from, to) of an expert, which are bytes [begin, end) of its record and of the
-/// slot.
+/// What to bring into a slot: rungs [from, to) of an expert, bytes [begin, end) of its record and of the slot.
 struct Fetch {
   int slot;
   int expert;
@@ -45,8 +44,7 @@ class Backing {
   /// Says whether all experts fit at the highest level, so that no slot will ever get another expert.
   virtual void expect_all(bool yes) = 0;
 
-  /// Begins a fetch, whose bytes take memory from now on. Returns whether it is done already; if not, `collect` reports
-  /// its end.
+  /// Begins a fetch, whose bytes take memory from now on. Returns whether it is done; else `collect` reports its end.
   virtual bool fetch(const Fetch& what) = 0;
   /// Cancels a slot's fetch unless it has begun; a cancelled fetch is not collected. Returns whether it was cancelled.
   virtual bool cancel(int slot) = 0;

@@ -101,7 +101,7 @@ class Cache {
   /// ahead go on.
   void close();
 
-  /// Counts the uses of one token that made no request, as its experts were resident; layer after layer.
+  /// Counts the uses of one token for which no request was made, as its experts were resident; layer after layer.
   void count(const Wish& used);
 
   /// A resident expert's matrices at `level`, or at its last level. Valid while pinned.
@@ -230,7 +230,7 @@ class Cache {
   }
   /// How many of the rungs of `level` an expert has.
   int rungs_at(int expert, int level) const { return std::min(level, int(rungs_[size_t(expert)])); }
-  /// The level at which an expert is booked when `level` is asked for: the highest with the same rungs.
+  /// The level at which an expert is recorded when `level` is asked for: the highest with the same rungs.
   int level_of(int expert, int level) const { return level < rungs_[size_t(expert)] ? level : max_level_; }
   uint32_t pages_at(int expert, int level) const { return level_pages_[size_t(rungs_at(expert, level))]; }
   size_t bytes_at(int expert, int level) const { return size_t(pages_at(expert, level)) * kPage; }

@@ -190,7 +190,7 @@ void Cache::count(const Wish& used) {
   }
 }
 
-/// Books the end of a fetch: it is done (`ok`), failed with the error `why`, or was cancelled. The first error that
+/// Records the end of a fetch: it is done (`ok`), failed with the error `why`, or was cancelled. The first error that
 /// concerns the request goes to `error`.
 void Cache::finish(int slot, bool ok, const std::exception_ptr& why, std::exception_ptr* error) {
   Slot& s = slots_[slot];

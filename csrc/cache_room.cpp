@@ -137,8 +137,7 @@ bool Cache::make_room(uint32_t pages, int keep_slot, bool spare_wanted) {
   return true;
 }
 
-/// Finds or frees a slot with `need` pages for an expert, which is wanted now or soon. Returns false when there is
-/// none.
+/// Finds or frees a slot with `need` pages for an expert, which is wanted now or soon. Returns false if there is none.
 bool Cache::find_room(int e, uint32_t need, bool spare_wanted, int* slot) {
   pins_[e] += 1;  // an upgrade must not evict its own lower rungs
   int candidate = slot_of_[e];

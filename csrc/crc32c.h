@@ -19,8 +19,8 @@ bool crc32c_has_instruction();
 constexpr size_t kCrcPart = 4096;  ///< bytes in each of the three parts that are computed side by side
 
 /// The inner loop, in crc32c_instruction.cpp. `crc` and the result are the raw register, without the inversions before
-/// and after. `zeros` [4, 256]: for each byte of a CRC, by position and value, what it becomes after kCrcPart zero
-/// bytes.
+/// and after. `zeros` [4, 256] has, for each position and value of a byte of a CRC, what it becomes after kCrcPart zero
+/// bytes of input.
 uint32_t update_by_instruction(const uint8_t* bytes, size_t length, uint32_t crc, const uint32_t* zeros);
 
 }  // namespace edgemoe

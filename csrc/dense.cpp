@@ -28,8 +28,7 @@ void highest(const float* values, int n, int k, int32_t* chosen) {
   }
 }
 
-/// Restricts the choice to the best groups: in `values`, by which experts are chosen, those of all other groups become
-/// -infinity.
+/// Restricts the choice to the best groups: sets `values`, by which experts are chosen, to -infinity outside them.
 void keep_groups(const RouteRule& rule, float* values) {
   const int size = rule.num_experts / rule.groups;
   std::vector<float> best(size_t(rule.groups));

@@ -48,13 +48,12 @@ struct PathTable {
   float* uses;    ///< the same, but at least 1, to divide by
   int layers, experts;
 
-  /// Counts the experts and pairs of a token that ran `path` [layers, k], in which a layer has each expert at most
-  /// once.
+  /// Counts the experts and pairs of a token that ran `path` [layers, k], which has no expert of a layer twice.
   void count(const int32_t* path, int k) const;
 
-  /// Sets `out` [experts] to a score of each expert of `layer`: the share of its uses in which the expert followed,
-  /// summed over `last` [k], which ran in the layer before, and `before` [m], which ran in the one before that. Returns
-  /// whether any score is not 0.
+  /// Scores each expert of `layer` by how often it followed what ran: sets `out` [experts] to the sum, over the experts
+  /// `last` [k] of the layer before and `before` [m] of the one before that, of the share of their uses that it
+  /// followed. Returns whether any score is not 0.
   bool follow(int layer, const int32_t* last, int k, const int32_t* before, int m, float* out) const;
 };
 

@@ -44,7 +44,8 @@ struct LoaderStats {
 /// of their submission, reads ahead after all others. Thread-safe.
 class Loader {
  public:
-  /// At most `num_threads` - 1 threads, but at least one, are busy with reads ahead; so one remains for urgent reads.
+  /// At most `num_threads` - 1 threads take reads ahead, so that one remains for urgent reads; a single thread does
+  /// both.
   Loader(std::shared_ptr<const File> file, int num_threads);
   Loader(const Loader&) = delete;
   Loader& operator=(const Loader&) = delete;

@@ -66,8 +66,7 @@ using RungBytes = std::pair<const uint8_t*, size_t>;
 /// Throws std::invalid_argument unless a matrix [rows, cols] is of a size that a model may have.
 void check_shape(int rows, int cols);
 
-/// Returns the description of a matrix whose rungs are not in memory yet. Throws std::invalid_argument unless it is
-/// valid.
+/// Describes a matrix whose rungs are not in memory yet. Throws std::invalid_argument unless it is a valid one.
 NestedMatrix hollow_matrix(int rows, int cols, const std::vector<uint8_t>& widths, const Coding& coding);
 
 /// Copies the rungs of a matrix [rows, cols]. Throws std::invalid_argument unless each has the right number of bytes.

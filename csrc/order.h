@@ -9,8 +9,7 @@
 
 namespace edgemoe {
 
-/// What a thread reads first when its share begins at row block `block` of matrices that are stacked one below the
-/// other.
+/// What a thread reads first when its share begins at row block `block` of several matrices on top of each other.
 Ahead ahead_of(const std::vector<const NestedMatrix*>& matrices, int block);
 
 /// The same for a float32 matrix [rows, cols], from row `row` on.

@@ -65,8 +65,7 @@ float row_scale(const float* w, int cols) {
 
 /// Chooses scales and middles group by group, the same for all levels.
 void choose_scales(RowBlock* b, const Objective& o) {
-  // Neighbouring relative scales differ by up to a fourth; another row scale gives all groups other steps to choose
-  // from.
+  // Neighbouring relative scales differ by up to a fourth; another row scale offers all groups other steps.
   constexpr float kTries[] = {1.0f, 0.96f, 1.04f, 1.08f, 1.13f};
   const Kernels& k = kernels();
   const int groups = b->groups();
@@ -175,8 +174,7 @@ class QuickRows {
   }
 
  private:
-  /// Transposes a group, so that the 16 rows of a column lie together; padding repeats the first column, to stay within
-  /// the range.
+  /// Transposes a group, so that the 16 rows of a column lie together; padding repeats the first column.
   void turn(const float* w, int g) {
     float* const group = columns_.data() + size_t(g) * kGroup * kTileRows;
     const int count = std::min(kGroup, cols_ - g * kGroup);

@@ -23,8 +23,8 @@ struct Objective {
   const float* squares;
   /// The most passes over the columns.
   int sweeps;
-  /// Whether to search the groups' scales and middles in full, as with `moments` is always done. Takes several times as
-  /// long.
+  /// Whether to search groups' scales and middles in full, as is always done with `moments`. Takes several times
+  /// longer.
   bool is_thorough = false;
 };
 

@@ -14,7 +14,7 @@ inline float position(int code, int bits) {
   return (float(code >> shift) + 0.5f) * float(1 << shift);
 }
 
-/// The code below a position; 0 for NaN, which comes of a gradient that overflows.
+/// The code below a position; 0 for NaN, as when a gradient overflows.
 inline int code_at(float position) { return int(std::min(std::max(0.0f, position), 255.0f)); }
 
 /// The weights of a row's levels where errors are measured in steps of a code: the levels' weights times the squares of
@@ -79,8 +79,7 @@ inline float decoded(const RowBlock& b, const Level& level, int row, int column)
 }
 
 /// Sets each row scale to its least-squares value over the levels that share it, by their weights, and `gains` to the
-/// factors by which the scales changed. `seen` [levels, 16, cols] is Wb moments, with Wb the weights decoded at a
-/// level.
+/// factors by which scales changed. `seen` [levels, 16, cols] is Wb moments, with Wb the decoded weights.
 void fit_row_scales(RowBlock* b, const std::vector<Level>& levels, const std::vector<float>& seen,
                     float (*gains)[kTileRows]) {
   const Kernels& k = kernels();

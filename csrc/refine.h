@@ -35,8 +35,7 @@ struct RowBlock {
 /// Chooses the code of each weight by itself.
 void round_rows(RowBlock* b, const std::vector<Level>& levels);
 
-/// Refines codes for the error of the output. Where a row has several scales, goes on to refine scales and codes in
-/// turn.
+/// Refines codes for the error of the output; where a row has several scales, then scales and codes in turn.
 void refine_rows(RowBlock* b, const std::vector<Level>& levels, const Objective& o);
 
 }  // namespace edgemoe

@@ -62,7 +62,8 @@ inline void check_combine(const Array<float>& parts, const Array<int32_t>& rows,
   }
 }
 
-/// The data of an array, which is not converted if it has another type; valid while the object lives.
+/// Returns the data of a contiguous float32 array, valid while the object lives. Throws py::type_error for any other
+/// object: nothing is converted.
 inline const float* floats(const py::object& array, const char* name, std::initializer_list<py::ssize_t> shape) {
   if (!py::isinstance<Array<float>>(array)) {
     throw py::type_error(std::string(name) + ": expected a contiguous float32 array");

@@ -133,7 +133,7 @@ void bind_layer(py::module_& m) {
              a->parts.clip = clip;
              a->parts.growth = growth;
              a->parts.grow_every = grow_every;
-             if (k && a->parts.k_bias && !a->parts.k_norm && clip == 0) {  // else keys are not a product plus the bias
+             if (k && a->parts.k_bias && !a->parts.k_norm && clip == 0) {  // else the bias is not just added to keys
                if (k->matrix.rows != kv) throw std::invalid_argument("AttentionLayer: k has another number of rows");
                const float* norm = floats(input_norm, "input_norm", {k->matrix.cols});
                a->constants =

@@ -2,8 +2,7 @@
 //
 // The CPU adds a row's shares of 32 columns one after the other. Here every thread of a block computes shares, leaves
 // them in shared memory, and one thread for each row and token adds them in that order: K / 32 dependent fused
-// multiply-adds, some hundred cycles that other blocks' loads hide. So a product is the CPU's bit for bit, whatever the
-// grid.
+// multiply-adds, some hundred cycles that other blocks' loads hide. So a product has the CPU's bits on any grid.
 #pragma once
 
 #include <cstddef>

@@ -92,7 +92,7 @@ struct HeadChange {
 struct HeadsCall {
   HeadChange q, k, v;
   const float *cos, *sin;  ///< [T, rope_dim / 2]
-  const float* grown;      ///< [T]: by what queries are multiplied last, or null
+  const float* grown;      ///< [T]: factors by which queries are multiplied last, or null
   int head_dim, rope_dim;
   float norm_eps, clip;  ///< 0 for no clip
   KvLayer kv;            ///< keys and values are stored at positions [pos, pos + T)
@@ -271,8 +271,7 @@ class Device {
   // ---------------------------------------------------------------- kernels, on the queue kCompute
 
   virtual void quantize_rows(const RowsCall& x, const QuantizedBuffer& out) = 0;
-  /// Quantises the activation `kind` of gate and up [n, cols]. `hidden`, if given, gets the unrounded values; it may be
-  /// up.
+  /// Quantises the activation `kind` of gate and up [n, cols]. `hidden`, if given, gets it unrounded; it may be up.
   virtual void quantize_hidden(Activation kind, const float* gate, const float* up, int n, int cols,
                                const QuantizedBuffer& out, float* hidden) = 0;
   /// `list` is in host memory.
@@ -301,7 +300,7 @@ class Device {
   virtual void multiply(const float* factors, size_t size, size_t n, float* out) = 0;
   /// out [T, cols] = x times gates [T].
   virtual void weigh(const float* x, const float* gates, int T, int cols, float* out) = 0;
-  /// x [T, heads * width] *= the gate's function of gate [T, heads], or of the shape of x.
+  /// Multiplies x [T, heads * width] by its gate, see `HeadGate`; gate is [T, heads], or has the shape of x.
   virtual void gate_heads(float* x, const float* gate, HeadGate kind, int T, int heads, int width) = 0;
   /// See mixers/gated_norm.h.
   virtual void gated_norm(float* x, const float* gate, const float* weight, bool weight_per_group, float eps, Gate kind,

@@ -38,7 +38,7 @@ class DeviceSpace {
   /// Returns device memory. Throws OutOfBudget above the budget, and when the device has no room.
   void* alloc(size_t bytes);
   void free(void* p, size_t bytes) noexcept;
-  /// Bytes of the budget that an allocation of `bytes` takes: whole units of the device.
+  /// Bytes of the budget that an allocation of `bytes` takes, in whole units.
   static constexpr size_t taken(size_t bytes) { return (bytes > 0 ? (bytes + kUnit - 1) / kUnit : 1) * kUnit; }
 
   /// Queues copies on `queue`; `from` may change as soon as this returns.

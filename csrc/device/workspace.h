@@ -98,7 +98,7 @@ class DeviceWorkspace {
   void ffn_batch(const float* x, int T, Activation activation, const std::vector<Piece>& pieces, const int8_t* basis);
   /// Takes scratch for the corrections of n rows; throws std::invalid_argument when too little is left.
   RankRow* take_ranks(int n);
-  /// By what each query of a pass is multiplied last, [T], computed by the host as on a CPU; null for nothing.
+  /// The factors [T] by which a pass's queries are multiplied last, computed by the host as on a CPU; null for none.
   const float* grown(int T, int pos, int late, float growth, int every);
   /// Attends with queries that were prepared, as many at once as the scratch has room for.
   void attend(AttendCall call, int T);

@@ -399,8 +399,7 @@ struct Kernels {
   /// out = x / sqrt(mean(x^2) + eps) * weight over `cols` values.
   void (*rms_norm)(const float* x, const float* weight, float eps, int cols, float* out);
 
-  /// out[i] = the activation `kind` of gate[i] and up[i]; out may be either. gate may be null where `kind` has no
-  /// gates.
+  /// out[i] = the activation `kind` of gate[i] and up[i]; out may be either. gate may be null if `kind` has no gates.
   void (*activate)(Activation kind, const float* gate, const float* up, int n, float* out);
 
   /// x[i] = cap * tanh(x[i] / cap), in place; a value that is not finite becomes NaN.

@@ -76,8 +76,7 @@ inline void unpack_values(const uint8_t* group, int8_t* out) {
 
 constexpr int kTried = 8;
 
-/// Scales to try for 2, 3 and 4 bits, relative to the one with which the lowest code stands for a group's largest
-/// number.
+/// Scales to try for 2, 3 and 4 bits, relative to the one with which a group's largest number has the lowest code.
 alignas(64) constexpr float kScaleShares[3][16] = {
     {1.0f, 0.9f, 0.8f, 0.7f, 0.85f, 0.75f, 0.65f, 0.95f},
     {1.0f, 0.9f, 0.84f, 1.08f, 0.94f, 1.22f, 0.78f, 1.04f},

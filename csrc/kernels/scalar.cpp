@@ -1,5 +1,4 @@
-// The baseline: plain loops over 16 lanes. Correct everywhere, and the reference that the other files must match bit
-// for bit.
+// The baseline: plain loops over 16 lanes. Correct everywhere, and what the other files must match bit for bit.
 #include <cmath>
 #include <cstring>
 

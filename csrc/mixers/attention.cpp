@@ -45,7 +45,7 @@ class Pass {
   void store(float* q, float* k, float* v);
   /// Stores and attends for a single token: all threads share the heads, and the blocks of all heads.
   void attend_one(float* q, float* k, float* v, float* out);
-  /// Attends for a prompt: with the queries of one kv head at a time, by position and then by head.
+  /// Attends for a prompt. A piece of work has queries of one kv head, ordered by position and then by head.
   void attend_many(const float* q, float* out);
 
  private:
@@ -164,8 +164,7 @@ void Pass::store(float* q, float* k, float* v) {
   if (misfits < T_) refuse(misfits, k, v);
 }
 
-/// Stores some kv heads of row t. k and v are those of the first of them; v is null for latents. Returns whether all
-/// fit.
+/// Stores some kv heads of row t. k and v are those of the first one; v is null for latents. Returns whether all fit.
 bool Pass::store_heads(const float* k, const float* v, int first_head, int num_heads, int t) const {
   const QuantizedHead scratch(mine(), kv_.head_stride);
   bool fits = true;
@@ -288,8 +287,7 @@ void Pass::merge(int head, int num_blocks, float* out) const {
 void Pass::attend_one(float* q, float* k, float* v, float* out) {
   const int first_block = first_seen(pos_) / kKeyBlock, num_blocks = pos_ / kKeyBlock + 1 - first_block;
   const int quads = blocks(per_kv_, kQueries), count = kv_heads_ * num_blocks * quads, threads = ws_.pool.size();
-  // Where heads can be prepared one by one, threads share that work; with a single block each then attends with its
-  // own.
+  // Where heads can be prepared one by one, threads share them and, with a single block, go on to attend with them.
   const bool by_head = kv_.values && kv_heads_ >= threads && (p_.norm_per_head || (!p_.q_norm && !p_.k_norm));
   const bool goes_on = by_head && num_blocks == 1;
   if (!by_head) store(q, k, v);

@@ -44,7 +44,7 @@ struct LatentShape {
   int rope_dim;    ///< the columns after these, which are; also those of a position's key
   int latent_dim;  ///< a multiple of 16
   float scale;     ///< multiplies q · k
-  bool rotates;    ///< whether the rope_dim columns are really turned; some models leave them as they are
+  bool rotates;    ///< whether the rope_dim columns are turned at all; else they stay as they are
   int grow_every;  ///< scores at position p are multiplied by 1 + growth * log(1 + floor(p / grow_every))
   float growth;    ///< 0 for never
 };

@@ -4,9 +4,8 @@
 //   blocks run is drawn from a seed.
 // * Streams are queues that nothing drains until a call waits. Then the heads that may run do so in an order drawn from
 //   the seed, or one stream is starved; so a missing wait shows as a wrong result.
-// * The host cannot touch device memory outside device work. It is poisoned with bytes of ones, which are NaN as
-// floats,
-//   and each allocation ends in canaries.
+// * The host cannot touch device memory outside device work. It is poisoned with bytes of ones, which as floats are
+//   NaN, and each allocation ends in canaries.
 #pragma once
 
 #include <cstdint>

@@ -254,11 +254,10 @@ cudaError_t enqueue_kernel(dim3 grid, dim3 block, cudaStream_t stream, const cha
 using namespace cudasim;
 
 /// Sets one value and returns the one before, for tests that have only the plug-in: "seed", the stream that is
-/// "starved"
-/// (-1 for none), "devices", the "driver" as CUDA numbers it, "integrated", the bytes that "others" hold, whether the
-/// device is "lost", whether copies "may_copy", whether the host "may_lend" memory, and how many streams, events and
-/// pinned buffers one "may_make". Read-only are "peak", in device bytes, "pinned", in KiB of host memory, "streams",
-/// "pageable", the copies not from pinned memory, and "graphs", how often recorded work was repeated.
+/// "starved" (-1 for none), "devices", the "driver" as CUDA numbers it, "integrated", the bytes that "others" hold,
+/// whether the device is "lost", whether copies "may_copy", whether the host "may_lend" memory, and how many streams,
+/// events and pinned buffers one "may_make". Read-only are "peak", in device bytes, "pinned", in KiB of host memory,
+/// "streams", "pageable", the copies not from pinned memory, and "graphs", how often recorded work was repeated.
 extern "C" int cudasim_configure(const char* name, int value) {
   const std::lock_guard<std::recursive_mutex> lock(g_mutex);
   const std::string what = name;
