@@ -111,8 +111,8 @@ class Vram:
             )
         if context is None:  # the context may take a quarter of what is left
             most = min(DEFAULT_CONTEXT, config.context_length)
-            held = (least.kv + least.room // 4) // sequences
-            context = longest_context(least.context, most, held, lambda n: kv_bytes(n, CHUNKS[0]))
+            each = (least.kv + least.room // 4) // sequences
+            context = longest_context(least.context, most, each, lambda n: kv_bytes(n, CHUNKS[0]))
         fits = (sized(context, chunk) for chunk in CHUNKS)
         limit = least.scratch + (vram - least.dense - least.kv - least.scratch) // 4
         return next(

@@ -136,6 +136,20 @@ def test_a_budget_of_the_device_holds(tiny_moe):
         edgemoe.load(tiny_moe, context=512, vram="1MiB", **on_device())
 
 
+def test_the_hosts_budget_does_not_depend_on_who_chooses_the_context(tiny_moe):
+    found = []
+    for context in (512, None):  # the model's own: both have it
+        with edgemoe.load(
+            tiny_moe, ram="64MiB", context=context, whole_process=False, **on_device()
+        ) as engine:
+            budget = engine.budget
+            host = placement.host_bytes(open_moe(tiny_moe), 5, ())
+            assert budget.dense == host
+            assert budget.slots == budget.experts
+            found.append((budget.context, budget.chunk, budget.dense))
+    assert found[0] == found[1]
+
+
 FAMILIES = (
     "mixtral", "qwen2_moe-window", "olmoe-clip-norm", "granitemoe", "qwen3_moe", "glm4_moe-groups-norm", "ernie4_5_moe",
     "minimax_m2", "hunyuan_v1_moe", "qwen3_next", "qwen3_5_moe", "gpt_oss", "gemma4_text", "laguna", "glm4_moe_lite",
