@@ -278,7 +278,13 @@ class Batcher:
             assert slot.request is not None
             slot.request.computed = min(slot.state.length, slot.prompt)
             if slot.request.prompt_logprobs is not None and slot.state.length <= slot.prompt:
-                self._score(slot, hidden[span.start : span.stop])
+                try:
+                    self._score(slot, hidden[span.start : span.stop])
+                except DeviceLost:
+                    raise
+                except Exception as error:  # as in `_reply`, it ends one request
+                    self._finish(slot, "error", error)
+                    continue
             if slot.state.length == len(slot.tokens):
                 rows.append((span.stop - 1, slot))
         for run in _runs(rows, self._model):
@@ -307,11 +313,11 @@ class Batcher:
         assert request.prompt_logprobs is not None
         first = slot.state.length - len(hidden) + 1
         last, block = min(first + len(hidden), slot.prompt), len(self._rows)
-        following, variant = slot.tokens[first:last], self._model.variant(slot.state)
+        following = slot.tokens[first:last]
         for at in range(0, len(following), block):
             tokens = following[at : at + block]
             out = self._rows[: len(tokens)]
-            self._model.decoder.logits(hidden[at : at + len(tokens)], out, variant)
+            self._model.logits(hidden[at : at + len(tokens)], out, slot.state)
             request.prompt_logprobs(token_logprobs(out, tokens, request.top or 0))
 
     def _reply(self, slot: Slot, row: NDArray[np.float32]) -> None:

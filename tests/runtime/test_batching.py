@@ -266,6 +266,16 @@ def test_what_a_taker_raises_is_its_own(tiny_moe, alone):
     assert other.tokens == alone[1][0]
 
 
+def test_what_a_taker_of_scores_raises_is_its_own(tiny_moe, alone):
+    batcher, _ = opened(tiny_moe, 2)
+    one = Asked(PROMPTS[3], PARAMS[3], top=1, prompt_logprobs=lambda _: 1 / 0)
+    other = Asked(PROMPTS[1], PARAMS[1])
+    run(batcher, one, other)
+    assert isinstance(one.outcome.error, ZeroDivisionError)
+    assert one.tokens == []
+    assert other.tokens == alone[1][0]
+
+
 def test_wrong_requests_are_refused_and_change_nothing(tiny_moe):
     batcher, _ = opened(tiny_moe, 1)
     batcher._most_waiting = 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from engines import with_slots
 from simulated import configured, on_device, plug_in, small_moe, with_vram
+from test_batching import Asked, opened, run
 from tiny import tiny_checkpoint
 
 import edgemoe
@@ -323,6 +325,16 @@ def test_a_device_that_is_lost_before_logits_says_so(tiny_moe):
         hidden = model.forward(Batch.of((state, np.array(IDS[:5], np.int32))))
         with configured(lost=1), pytest.raises(DeviceLost, match="cuda:0 is lost"):
             model.logits(hidden[-1:], out, state)
+
+
+def test_a_device_that_is_lost_while_a_prompt_is_scored_says_so(tiny_moe):
+    batcher, _ = opened(tiny_moe, 2, context=64, **on_device())
+    with contextlib.ExitStack() as stack:
+        one = Asked(
+            IDS, GREEDY, top=1, prompt_logprobs=lambda _: stack.enter_context(configured(lost=1))
+        )
+        with pytest.raises(DeviceLost, match="cuda:0 is lost"):
+            run(batcher, one)
 
 
 def test_a_device_that_is_lost_says_so_from_then_on(tiny_moe):
