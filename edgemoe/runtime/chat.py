@@ -298,18 +298,18 @@ class Chat:
             ValueError: the conversation is empty, or the template refuses it.
             TooLong: it does not fit the context.
         """
-        self._check_length(messages)
-        if self._is_raw:
-            text = "".join(m["content"] for m in messages)
-            ids = self._tokenizer.encode(text)
-        else:
+        text = "".join(m["content"] for m in messages)
+        self._check_length(text)
+        if not self._is_raw:
             from edgemoe.text.jinja.meter import Meter  # with Jinja, which raw chats need not load
 
-            given = sum(len(m["content"]) for m in messages)
+            # All that the template sees, reasoning too; what is no JSON is the template's to refuse.
+            given = len(json.dumps([messages, self.variables], default=str))
             most = _SURELY_LONG * self._engine.context + 2 * given + _TEMPLATE_CHARACTERS
             self._engine.lend(Meter.most_bytes(given))
             text = self._tokenizer.render_chat(messages, most_characters=most, **self.variables)
-            ids = self._tokenizer.encode(text, add_special=False)
+            self._check_length(text)
+        ids = self._tokenizer.encode(text, add_special=self._is_raw)
         if not ids:
             raise ValueError("say: expected some text, got none")
         if len(ids) >= self._engine.context:
@@ -319,9 +319,8 @@ class Chat:
             )
         return ids, text
 
-    def _check_length(self, messages: Sequence[Message]) -> None:
+    def _check_length(self, text: str) -> None:
         """Refuses a text that is far too long before it is tokenized, as that takes many times the text's memory."""
-        text = "".join(m["content"] for m in messages)
         context = self._engine.context
         few = text[: _SURELY_LONG * context]
         if len(few) < len(text) and len(self._tokenizer.encode(few)) >= context:

@@ -224,7 +224,7 @@ class Service:
             variables.setdefault("enable_thinking", thinks)
         if wanted.effort and wanted.effort != "none":
             variables.setdefault("reasoning_effort", wanted.effort)
-        given = sum(len(m["content"]) for m in talk.messages) + len(json.dumps(talk.tools))
+        given = len(json.dumps([talk.messages, talk.tools, variables]))
         text = render(
             self.tokenizer, talk, self.form, variables=variables,
             most_characters=_SURELY_LONG * self.context + 2 * given + 4096,

@@ -9,10 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tiny import CHATML, tiny_checkpoint
 
 import edgemoe
+from edgemoe.convert.convert import convert
 from edgemoe.errors import FormatError, ReadError
-from edgemoe.runtime.chat import Chat
+from edgemoe.runtime.chat import Chat, TooLong
+from edgemoe.text.jinja.meter import Meter
 from edgemoe.text.sampler import SamplingParams
 
 GREEDY = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
@@ -153,6 +156,45 @@ def test_a_conversation_that_does_not_fit_changes_nothing(
         list(chat.say("word " * engine.context))
     assert chat.messages == before
     assert "".join(chat.say("Again"))
+
+
+@pytest.fixture(scope="module")
+def reasoner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[edgemoe.Engine]:
+    """A model whose template repeats what was reasoned."""
+    checkpoint = tiny_checkpoint()
+    config = json.loads(checkpoint.files["tokenizer_config.json"])
+    config["chat_template"] = CHATML.replace(
+        "{{ message['content'] }}", "{{ message['reasoning_content'] }}{{ message['content'] }}"
+    )
+    text = json.dumps(config).encode()
+    checkpoint.files = {**checkpoint.files, "tokenizer_config.json": text}
+    path = tmp_path_factory.mktemp("reasoner") / "x.moe"
+    convert(checkpoint, path)
+    with edgemoe.load(path) as engine:
+        yield engine
+
+
+@pytest.mark.parametrize("thought", ["hmm, " * 5, "äh 🙂 " * 20, "word " * 4000], ids=len)
+def test_what_was_reasoned_is_a_part_of_the_conversation(
+    reasoner: edgemoe.Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, thought: str
+) -> None:
+    lent: list[int] = []
+    monkeypatch.setattr(type(reasoner), "lend", lambda _, size: lent.append(size))
+    messages = [
+        {"role": "user", "content": "Hello"},
+        {"role": "assistant", "content": "Hi", "reasoning_content": thought},
+    ]
+    (tmp_path / "a.json").write_text(json.dumps({"messages": messages}))
+    chat = reasoner.chat(params=GREEDY)
+    chat.load(tmp_path / "a.json")
+    if len(thought) > 1000:  # and it is refused as what it is, with the remedy for that
+        with pytest.raises(TooLong):
+            list(chat.say("Go on"))
+        assert chat.messages == messages
+    else:
+        list(chat.say("Go on"))
+    asked = [*messages, {"role": "user", "content": "Go on"}]
+    assert lent[0] >= Meter.most_bytes(len(json.dumps(asked)))
 
 
 def test_a_reply_ends_where_the_context_does(engine: edgemoe.Engine) -> None:

@@ -198,6 +198,16 @@ def test_a_prompt_that_is_too_long_is_refused_in_known_words(client, server):
     assert error["n_ctx"] == server.service.context == 512
     assert error["n_prompt_tokens"] > 600
     assert "This model's maximum context length is 512 tokens" in error["message"]
+    call = {
+        "type": "function",
+        "function": {"name": "write", "arguments": f'{{"x": "{"x" * 20_000}"}}'},
+    }
+    for message in (
+        {"role": "user", "content": "x" * 20_000},
+        {"role": "assistant", "tool_calls": [call]},
+    ):
+        far = server.post("/v1/chat/completions", {"messages": [*ASK, message]})
+        assert far.json()["error"]["code"] == "context_length_exceeded"
     far = server.post("/v1/completions", {"prompt": "x" * 100_000})
     assert far.json()["error"]["code"] == "context_length_exceeded"
 
