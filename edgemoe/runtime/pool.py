@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from edgemoe.model import SequenceState
 from edgemoe.runtime.model import Model
-from edgemoe.runtime.prefixes import LEAST, Prefix, PrefixStore, fill, shared_tokens
+from edgemoe.runtime.prefixes import LEAST, Prefix, PrefixStore, covers, fill, shared_tokens
 
 __all__ = ["PrefixPool"]
 
@@ -89,13 +89,18 @@ class PrefixPool:
     def _keep(self, state: SequenceState, *, beside: int) -> None:
         """Keeps what a sequence holds; `beside` bytes of another prefix are in memory at the same time."""
         prefix = Prefix.of(state)
-        if prefix is None or any(kept.covers(prefix) for kept in self._kept):
+        if prefix is None:
+            return
+        model, is_whole = self._model, prefix.is_whole
+        if any(covers(model, kept, prefix, is_whole=is_whole) for kept in self._kept):
             return
         if prefix.size > self._most:
             if self._below is not None:
                 self._below.put(prefix)
             return
-        self._kept = [kept for kept in self._kept if not prefix.covers(kept)]
+        self._kept = [
+            kept for kept in self._kept if not covers(model, prefix, kept, is_whole=is_whole)
+        ]
         self._drop(self._most - prefix.size)
         self._model.room.keep(self.size + prefix.size + beside)
         self._kept.append(prefix.copy())

@@ -23,7 +23,7 @@ import os
 import re
 import secrets
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,8 @@ class Prefix:
     """The sequence's length for which positions were rotated; see `SequenceState.turned`."""
     adapter: int
     """The number of the adapter that it was computed with; 0 for the model alone."""
+    is_whole: bool
+    """Whether it can be used with all of its tokens only; see `SequenceState.needs_snapshots`."""
     parts: dict[str, NDArray[np.uint32]]
     """The parts of all layers' states, by LAYER.PART."""
 
@@ -78,26 +80,33 @@ class Prefix:
             if found is None:
                 return None
             parts |= {f"{i}.{j}": part.view(_WORDS) for j, part in enumerate(found)}
-        return cls(ids, state.turned, state.adapter, parts)
+        return cls(ids, state.turned, state.adapter, state.needs_snapshots, parts)
 
     @property
     def size(self) -> int:
         """Its memory in bytes."""
         return self.ids.nbytes + sum(part.nbytes for part in self.parts.values())
 
-    def covers(self, other: Prefix) -> bool:
-        """Returns whether it begins with all of another's tokens, computed with the same adapter."""
-        return self.adapter == other.adapter and covers(self.ids, other.ids)
-
     def copy(self) -> Prefix:
         """Returns a prefix with arrays of its own."""
         parts = {name: np.array(part) for name, part in self.parts.items()}
-        return Prefix(self.ids, self.turned, self.adapter, parts)
+        return replace(self, parts=parts)
 
 
-def covers(ids: NDArray[np.int64], others: NDArray[np.int64]) -> bool:
-    """Returns whether `ids` begin with all of `others`."""
-    return len(ids) >= len(others) and bool(np.array_equal(ids[: len(others)], others))
+def covers(model: Model, one: Prefix | _Entry, other: Prefix | _Entry, *, is_whole: bool) -> bool:
+    """Returns whether one prefix is as useful as another to every prompt; see `shared_tokens`.
+
+    Args:
+        model: that both are for.
+        one: the prefix that may stand for both.
+        other: the prefix that may be redundant.
+        is_whole: see `Prefix.is_whole`.
+    """
+    length = len(other.ids)
+    if len(one.ids) < length or (is_whole and len(one.ids) > length):
+        return False
+    is_alike = one.adapter == other.adapter and model.config.turns_alike(one.turned, other.turned)
+    return is_alike and np.array_equal(one.ids[:length], other.ids)
 
 
 def shared_tokens(
@@ -289,8 +298,8 @@ class PrefixStore:
 
     def put(self, prefix: Prefix) -> bool:
         """Saves a prefix, if it is not saved yet; returns whether it is saved now. Errors are only logged."""
-        ids, alike = prefix.ids, [e for e in self._entries if e.adapter == prefix.adapter]
-        if any(covers(entry.ids, ids) for entry in alike):
+        ids, model, is_whole = prefix.ids, self._model, prefix.is_whole
+        if any(covers(model, entry, prefix, is_whole=is_whole) for entry in self._entries):
             return True
         if prefix.size > self._most:
             return False
@@ -304,8 +313,8 @@ class PrefixStore:
             self._is_full = True
             return False
         self._is_full = False
-        for entry in alike:  # shorter prefixes that it covers are not needed any more
-            if len(entry.ids) and covers(ids, entry.ids):
+        for entry in list(self._entries):  # prefixes that it covers are not needed any more
+            if len(entry.ids) and covers(model, prefix, entry, is_whole=is_whole):
                 self._remove(entry)
         self._entries.append(
             _Entry(path, ids, prefix.turned, prefix.adapter, found.st_size, found.st_mtime)

@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 import shutil
+from dataclasses import replace
 
 import families
 import numpy as np
@@ -38,8 +39,8 @@ def batcher(path, folder, *, sequences=1, most=1 << 30, **options):
     return Batcher(found.model, found.text.eos_ids, prefixes=store), store
 
 
-def asked(to, ids):
-    one = Asked(ids, PARAMS)
+def asked(to, ids, params=PARAMS):
+    one = Asked(ids, params)
     run(to, one)
     assert one.outcome.error is None
     return one.tokens, one.outcome.figures
@@ -248,6 +249,51 @@ def test_a_turn_that_goes_on_is_saved_once(tiny_moe, tmp_path):
     asked(one, [*LONG, *tokens, *OTHER])
     one.save()
     assert len(store) == len(list(tmp_path.iterdir())) == 1  # the longer one stands for both
+
+
+BEGINNING = replace(PARAMS, max_tokens=0)
+"""Computes a prompt that others begin with, such as a system message, and no reply."""
+
+
+def test_a_beginning_is_kept_beside_what_goes_on_from_it(model, tmp_path):
+    one, _ = batcher(model, tmp_path)
+    first, rest, other = LONG[:80], LONG[80:], OTHER[:70]
+    asked(one, first, BEGINNING)
+    asked(one, other)
+    assert asked(one, [*first, *rest])[1].cached_tokens == len(first)
+    asked(one, other)
+    alone, _ = batcher(model, tmp_path / "none")
+    expected, right = asked(alone, [*first, *other])
+    got, came = asked(one, [*first, *other])
+    assert (got, came.logits_hash) == (expected, right.logits_hash)
+    assert came.cached_tokens == len(first)
+
+
+def test_a_beginning_is_kept_beside_a_longer_one_in_memory(model):
+    one, _, _ = pooled(model)
+    first, other = LONG[:80], OTHER[:70]
+    for ids, params in ((LONG, PARAMS), (other, PARAMS), (first, BEGINNING), (other, PARAMS)):
+        asked(one, ids, params)
+    assert asked(one, [*first, *other])[1].cached_tokens == len(first)
+
+
+def test_a_short_text_is_kept_beside_a_longer_one_of_other_frequencies(tmp_path):
+    """With LongRoPE a short prompt takes nothing from a long text."""
+    ropes = {
+        "rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 128, "factor": 2.0,
+        "short_factor": [1.0] * 8, "long_factor": [3.0] * 8,
+    }  # fmt: skip
+    changes = {"head_dim": 16, "max_position_embeddings": 256, "rope_parameters": ropes}
+    families.make("mixtral", tmp_path / "source", changes=changes)
+    convert(open_checkpoint(tmp_path / "source"), tmp_path / "x.moe")
+    for is_pool in (False, True):
+        if is_pool:
+            one, _, _ = pooled(tmp_path / "x.moe")
+        else:
+            one, _ = batcher(tmp_path / "x.moe", tmp_path / "kept")
+        for ids in (LONG[:80], OTHER, LONG, OTHER):
+            asked(one, ids, BEGINNING)
+        assert asked(one, LONG[:100])[1].cached_tokens == 80, is_pool
 
 
 def pooled(path, *, folder=None, most=1 << 20, sequences=1):
