@@ -124,8 +124,7 @@ class Forecast:
         divided by 1.3 times `disk`, as reads between computing are faster than the probe's.
 
         Experts also use the memory that is reserved for a longer context (`lent`). If a share m of the experts is
-        absent, a share m ** 1.75 of the wanted ones is taken to miss, as text repeats itself; measurements were between
-        m ** 1.5 and m ** 2 (docs/benchmarks.md).
+        absent, a share m ** 1.75 of the wanted ones is taken to miss, as text repeats itself.
 
         Args:
             row: the way to run the model.
