@@ -58,7 +58,7 @@ class Result:
     wait_share: float
     """Share of the time in which computing stalled on reads."""
     average_bits: float
-    """The mean of the experts that ran, in the last call."""
+    """The mean of the experts that ran."""
     peak_bytes: int
     """The process's highest resident memory."""
     logits_hash: str
@@ -178,7 +178,8 @@ def _run(
     )  # loads some experts, which `read_rate` reads
     roof_before = engine.model.store.read_rate(engine.threads)
     rates: list[float] = []
-    total_s, did = 0.0, dict.fromkeys(("hits", "misses", "bytes_read", "read_s", "wait_s"), 0.0)
+    figures = ("hits", "misses", "bits", "bytes_read", "read_s", "wait_s")
+    total_s, did = 0.0, dict.fromkeys(figures, 0.0)
     for repetition in range(repetitions + 1):
         ids = rng.integers(0, engine.config.vocab_size, depth + count + 1)
         start_ids = ids[: max(depth, 1)] if not is_prompt or depth else None
@@ -214,7 +215,7 @@ def _run(
         if is_prompt
         else float(engine.bytes_per_token + engine.kv_bytes(depth + count // 2)),
         wait_share=did["wait_s"] / total_s,
-        average_bits=stats.average_bits,
+        average_bits=did["bits"] / uses if uses else 0.0,
         peak_bytes=stats.peak_bytes,
         logits_hash=stats.logits_hash,
     )

@@ -86,6 +86,24 @@ def test_an_allocation_reads_what_its_experts_have(tiny_moe, tmp_path, no_roof, 
     )
 
 
+def test_the_average_bits_are_of_all_repetitions(tiny_moe, tmp_path, monkeypatch):
+    bits = np.full((2, 8), 2, np.int8)
+    bits[:, ::2] = 4
+    path, of_calls, extend = tmp_path / "bits.json", [], edgemoe.Engine.extend
+    path.write_bytes(Allocation(method="test", layers=(0, 1), bits=bits).to_json())
+
+    def noted(engine, tokens):
+        extend(engine, tokens)
+        of_calls.append(engine.stats.average_bits)
+
+    monkeypatch.setattr(edgemoe.Engine, "extend", noted)
+    with edgemoe.load(tiny_moe, context=80, bits="auto", allocation=path) as engine:
+        (result,) = measure(engine, prompts=[], generations=[6], repetitions=2)
+    counted = of_calls[6:]  # without the first repetition
+    assert result.average_bits == pytest.approx(np.mean(counted))
+    assert result.average_bits != pytest.approx(counted[-1])
+
+
 def test_the_roof_is_measured_inside_the_budget(tiny_moe, monkeypatch):
     asked = []
     monkeypatch.setattr(
