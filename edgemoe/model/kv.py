@@ -113,18 +113,18 @@ class KvState:
                 self._saved[length] = saved
         self._first = max(self._first, first)
 
-    def rewind(self, length: int) -> int:
-        """See `State.rewind`: what lies behind `length` is written over."""
-        if self.can_rewind_anywhere:
-            return length
-        self._keep([n for n in self._kept if n <= length])
+    def reaches(self, length: int) -> int:
+        """See `State.reaches`."""
         if self._first <= self._seen(length):
             return length
-        reached = max(self._saved, default=0)
-        if reached:
-            self._first = self._seen(reached)
-            self._ops.copy_kv(self._saved[reached], self.layer, self._first, reached)
-        return reached
+        return max((n for n in self._saved if n <= length), default=0)
+
+    def rewind(self, length: int) -> None:
+        """See `State.rewind`: what lies behind `length` is written over."""
+        self._keep([n for n in self._kept if n <= length])
+        if length and self._first > self._seen(length):
+            self._first = self._seen(length)
+            self._ops.copy_kv(self._saved[length], self.layer, self._first, length)
 
     def snapshot(self, length: int) -> None:
         """See `State.snapshot`: the last few are kept; of a layer that has all positions none need be."""

@@ -40,9 +40,12 @@ class Latents:
         """Returns the memory that `capacity` positions take; it grows by 32 of them."""
         return kv_bytes(types.keys, 1, capacity, spec.key_dim)
 
-    def rewind(self, length: int) -> int:
-        """See `State.rewind`: what lies behind `length` is written over."""
+    def reaches(self, length: int) -> int:
+        """See `State.reaches`."""
         return length
+
+    def rewind(self, length: int) -> None:
+        """See `State.rewind`: what lies behind `length` is written over."""
 
     def snapshot(self, length: int) -> None:
         """See `State.snapshot`."""

@@ -50,10 +50,13 @@ class RecurrentState:
         after = self._at[pos + count] = self._free.pop()
         return before, after
 
-    def rewind(self, length: int) -> int:
+    def reaches(self, length: int) -> int:
+        """See `State.reaches`."""
+        return max((n for n in self._at if n <= length), default=0)
+
+    def rewind(self, length: int) -> None:
         """See `State.rewind`."""
         self._drop({n for n in self._at if n > length})
-        return max(self._at, default=0)
 
     def snapshot(self, length: int) -> None:
         """See `State.snapshot`: the last few are kept."""

@@ -33,11 +33,11 @@ class State(Protocol):
     can_look_back: bool
     """A snapshot may be of any length that the last pass went over; else of that where it ended."""
 
-    def rewind(self, length: int) -> int:
-        """Goes back to `length` tokens, or as near as it can, and returns how many it holds then: 0 for the start.
+    def reaches(self, length: int) -> int:
+        """Returns the longest length, at most `length`, that it can go back to: 0 for the start."""
 
-        Once gone back to, a length can be gone on from; what was kept of longer ones is void.
-        """
+    def rewind(self, length: int) -> None:
+        """Goes back to `length` tokens, one that `reaches` returns, or 0; what was kept of longer ones is void."""
 
     def snapshot(self, length: int) -> None:
         """Keeps what it takes for `rewind` to come back to `length`, the present one or see `can_look_back`."""
@@ -136,12 +136,19 @@ class SequenceState:
             return left
         return count
 
+    def reaches(self, length: int) -> int:
+        """Returns how many tokens `rewind` would leave."""
+        length = min(length, self.length)
+        while (reached := min((s.reaches(length) for s in self.layers), default=length)) < length:
+            length = reached
+        return length
+
     def rewind(self, length: int) -> int:
         """Goes back to the first `length` tokens, or as many as all layers can go on from; returns how many."""
+        length = self.reaches(length)
         self.is_dirty = True  # until all layers agree
-        length = min(length, self.length)
-        while (reached := min((s.rewind(length) for s in self.layers), default=length)) < length:
-            length = reached
+        for state in self.layers:
+            state.rewind(length)
         del self.ids[length:]
         self.held = min(self.held, length)
         self.is_dirty = False

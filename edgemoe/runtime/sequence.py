@@ -111,18 +111,18 @@ class Sequence:
 def shared_length(
     config: ModelConfig, state: SequenceState, tokens: NDArray[np.int32], most: int
 ) -> int:
-    """Returns how many of a state's tokens `tokens` [T] begin with, `most` at most.
+    """Returns how many of a state's tokens `tokens` [T] can begin with, `most` at most.
 
-    That is 0 where the number of `tokens` changes the frequencies of RoPE.
+    That is the length of their common beginning, or the longest one within it that the state can go back to; 0 where
+    the number of `tokens` changes the frequencies of RoPE.
     """
     if not config.turns_alike(state.turned, len(tokens)):
         return 0  # all of it would be computed again anyway
     held, given = state.ids[:most], tokens[: min(most, state.length)].tolist()
     if held[: len(given)] == given:
-        return len(given)
-    return next(
-        i for i, (mine, theirs) in enumerate(zip(held, given, strict=False)) if mine != theirs
-    )
+        return state.reaches(len(given))
+    pairs = enumerate(zip(held, given, strict=False))
+    return state.reaches(next(i for i, (mine, theirs) in pairs if mine != theirs))
 
 
 def token_ids(

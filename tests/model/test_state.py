@@ -24,11 +24,12 @@ class Running:
         marks = {n: s for n, s in self.sums.items() if n in self.kept or n in (0, pos)}
         self.sums = {**marks, pos + len(ids): total}
 
+    def reaches(self, length):
+        return max((n for n in self.sums if n <= length), default=0)
+
     def rewind(self, length):
-        reached = max((n for n in self.sums if n <= length), default=0)
-        self.sums = {0: 0, **{n: s for n, s in self.sums.items() if 0 < n <= reached}}
-        self.kept = {n for n in self.kept if n <= reached}
-        return reached
+        self.sums = {0: 0, **{n: s for n, s in self.sums.items() if 0 < n <= length}}
+        self.kept = {n for n in self.kept if n <= length}
 
     def snapshot(self, length):
         self.kept.add(length)
@@ -43,8 +44,11 @@ class Positions:
     def forward(self, pos, ids) -> None:
         self.at |= {pos + i: token for i, token in enumerate(ids)}
 
-    def rewind(self, length):
+    def reaches(self, length):
         return length
+
+    def rewind(self, length):
+        pass
 
     def snapshot(self, length):
         pass

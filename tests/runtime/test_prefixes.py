@@ -269,6 +269,19 @@ def test_a_beginning_is_kept_beside_what_goes_on_from_it(model, tmp_path):
     assert came.cached_tokens == len(first)
 
 
+@pytest.mark.parametrize("is_pool", [False, True])
+def test_a_beginning_is_taken_where_a_sequence_cannot_go_back_to_it(model, tmp_path, is_pool):
+    one = pooled(model, folder=tmp_path)[0] if is_pool else batcher(model, tmp_path)[0]
+    first, other = LONG[:80], OTHER[:70]
+    asked(one, first, BEGINNING)
+    asked(one, other)
+    one.save()
+    talk = [*first, *LONG[80:100]]
+    for _ in range(3):  # turns, until recurrent layers no longer have a snapshot of its beginning
+        talk = [*talk, *asked(one, talk)[0], *LONG[100:110]]
+    assert asked(one, [*first, *other])[1].cached_tokens == len(first)
+
+
 def test_a_beginning_is_kept_beside_a_longer_one_in_memory(model):
     one, _, _ = pooled(model)
     first, other = LONG[:80], OTHER[:70]
