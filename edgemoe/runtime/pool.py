@@ -15,7 +15,7 @@ __all__ = ["PrefixPool"]
 class PrefixPool:
     """Prefixes in memory that would otherwise hold experts. Used on the model's thread alone.
 
-    A prefix that a sequence takes back leaves the pool. It is kept again when the sequence gives it up again.
+    A prefix that a sequence takes back leaves the pool. What the sequence holds in the end is kept when it is given up.
     """
 
     def __init__(self, model: Model, *, most_bytes: int, below: PrefixStore | None) -> None:
