@@ -1,4 +1,4 @@
-"""Attention to keys and values: what the layers of one spec share, and one layer's weights."""
+"""Attention over a key-value cache: what all layers of one spec share, and the weights of one layer."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ _NOTHING: tuple[Any, Any, Any] = (None, None, None)
 
 
 class Attention:
-    """Is what the layers of one spec share. See `Mixer`."""
+    """What all attention layers of one spec share. Implements `Mixer`."""
 
     def __init__(self, spec: AttentionSpec, setup: Setup) -> None:
         self.spec, self.ops, self.hidden_size = spec, setup.ops, setup.config.hidden_size
         self.rope = None if spec.rope is None else setup.ropes[spec.rope]
         self.context, self.types, self._chunk = setup.context, setup.types, setup.chunk
-        self._layers: dict[int, None] = {}  # its own, in order
+        self._layers: dict[int, None] = {}  # numbers of the layers with this spec, in order
         self._rows = setup.scratch.rows(*self.scratch_widths(spec))
 
     @staticmethod
     def scratch_widths(spec: AttentionSpec) -> tuple[int, ...]:
-        """See `Mixer.scratch_widths`: queries, keys, values, what comes out of the heads, and their gate."""
+        """See `Mixer.scratch_widths`: queries, keys, values, the heads' outputs, and their gate if there is one."""
         gate = (spec.gate_width,) if spec.gate_width else ()
         return spec.q_width, spec.kv_width, spec.kv_width, spec.q_width, *gate
 
@@ -41,7 +41,7 @@ class Attention:
 
     @staticmethod
     def read_bytes(spec: AttentionSpec, length: int, types: KvTypes) -> int:
-        """See `Mixer.read_bytes`: a window sees the last positions only, and so does a chunk at its end."""
+        """See `Mixer.read_bytes`. With a window or chunks, only so many positions are read: a chunk counts as full."""
         seen = min(length, spec.window or length, spec.chunk or length)
         return KvState.bytes(spec, 32, types, 32) * seen // 32
 
@@ -50,7 +50,7 @@ class Attention:
         return KvState(self.ops, self.spec, self.context, self.types, self._chunk)
 
     def start(self, batch: Batch) -> Hashable | None:
-        """See `Mixer.start`: cuts the rows of each sequence, once for all layers."""
+        """See `Mixer.start`: slices scratch and rotations into the rows of each sequence, once for all layers."""
         q, k, v, heads, *gate = self._rows.first(len(batch.ids))
         parts: list[tuple[Any, ...]] = []
         for part in batch.slices:
@@ -65,7 +65,7 @@ class Attention:
         batch.shared[self] = ((q, k, v), heads, gate, parts)
         if len(batch.ids) > 1 or (place := self.ops.place(self.spec, pos)) is None:
             return None
-        return place, turn[2]  # what turns positions may change with a sequence's length
+        return place, turn[2]  # the RoPE table may change with a sequence's length
 
     def layer(self, index: int, weights: Mapping[str, Weight]) -> AttentionLayer:
         """See `Mixer.layer`."""
@@ -74,7 +74,7 @@ class Attention:
 
 
 class AttentionLayer:
-    """Is attention of one layer. See `MixerLayer`."""
+    """The attention of one layer. Implements `MixerLayer`."""
 
     def __init__(self, shared: Attention, index: int, weights: Mapping[str, Weight]) -> None:
         matrices = cast(Mapping[str, Matrix], weights)
@@ -110,7 +110,7 @@ class AttentionLayer:
         parts: list[tuple[Any, ...]],
         out: Array,
     ) -> None:
-        """Does the same in steps, for several sequences, each of which has a state of its own, and with a gate."""
+        """Does what `Ops.attend` does in separate steps: for several sequences, each with its own state, or a gate."""
         ops, (matrices, o) = self._ops, self._matrices
         if self._gate_kind == "sigmoid":  # a matrix like the others
             ops.linear(normed, (*matrices, cast(Matrix, self._gate)), (*qkv, *gate))

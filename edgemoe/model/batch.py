@@ -1,4 +1,4 @@
-"""What goes through the layers together: tokens of one sequence or of several."""
+"""Batches: the tokens of one or several sequences that go through the layers together."""
 
 from __future__ import annotations
 
@@ -25,37 +25,44 @@ class Slice:
 
     @property
     def stop(self) -> int:
-        """Returns the row after its last."""
+        """The row after the last one."""
         return self.start + self.count
 
 
 class Batch:
-    """Is tokens of one sequence or of several. All but the mixers treats each row alone, whoever's it is."""
+    """The tokens of one or several sequences, for one forward pass.
+
+    Only mixers look at which sequence a row belongs to. Everything else treats each row by itself.
+    """
 
     def __init__(self, ids: NDArray[np.int32], slices: Sequence[Slice]) -> None:
         """See `of`."""
         self.ids = ids
-        """[T]"""
+        """[T] tokens."""
         self.slices = slices
+        """The rows of each sequence."""
         self.is_decoding = len(slices) == len(ids)
-        """Whether every sequence has one token, as in replies: else there is a prompt among them."""
+        """Whether every sequence has exactly one token, as when generating; otherwise the batch has a prompt in it."""
         self.shared: dict[Any, Any] = {}
-        """What mixers keep for the length of the pass, by mixer."""
+        """What each mixer keeps for the duration of the pass. Keys are the mixers."""
         self.variant = 0
-        """With which weights, see `Decoder`."""
+        """The number of the set of weights that the batch runs with; see `Decoder`."""
         self.adapted = [
             (slice(s.start, s.stop), s.state.adapter) for s in slices if s.state.adapter
         ]
-        """The rows of each sequence that has an adapter, and its number."""
+        """For each sequence with an adapter, its rows and the adapter's number."""
         self.is_cancelled: Callable[[], bool] | None = None
-        """Whether nobody waits for it any more; asked before each layer. None for one that is always wanted."""
+        """Returns whether the caller no longer wants the result; asked between layers. None: it is always wanted."""
 
     @classmethod
     def of(cls, *parts: tuple[SequenceState, NDArray[np.int32]]) -> Batch:
-        """Returns the next tokens of each sequence, at least one of each.
+        """Returns a batch with the next tokens of each sequence.
+
+        Args:
+            parts: a sequence and its tokens, int32 [n] with n > 0, for each sequence.
 
         Raises:
-            ValueError: a sequence without tokens, or there twice.
+            ValueError: a sequence has no tokens, or is given twice.
         """
         if len(parts) == 1:  # most batches
             state, ids = parts[0]
@@ -71,16 +78,16 @@ class Batch:
         return cls(np.concatenate([ids for _, ids in parts]).astype(np.int32), slices)
 
     def __len__(self) -> int:
-        """Returns T."""
+        """Returns T, the number of tokens."""
         return len(self.ids)
 
     def check(self) -> None:
-        """Raises Cancelled when nobody waits for it any more."""
+        """Raises Cancelled if the caller no longer wants the result."""
         if self.is_cancelled is not None and self.is_cancelled():
             raise Cancelled("the pass was broken off")
 
     @property
     def positions(self) -> NDArray[np.int64]:
-        """Returns each token's position in its sequence, [T]."""
+        """The position of each token in its sequence, [T]."""
         first = (np.arange(s.state.held, s.state.held + s.count) for s in self.slices)
         return np.concatenate(list(first))

@@ -1,4 +1,4 @@
-"""The gated short convolution: what the layers of one spec share, and one layer's weights."""
+"""The gated short convolution: what all layers of one spec share, and the weights of one layer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["Conv", "ConvLayer"]
 
 
 class Conv(Recurrent):
-    """Is what the layers of one spec share. See `Mixer`."""
+    """What all convolution layers of one spec share. Implements `Mixer`."""
 
     def layer(self, index: int, weights: Mapping[str, Weight]) -> ConvLayer:
         """See `Mixer.layer`."""
@@ -23,7 +23,7 @@ class Conv(Recurrent):
 
 
 class ConvLayer:
-    """Is the convolution of one layer. See `MixerLayer`."""
+    """The gated short convolution of one layer. Implements `MixerLayer`."""
 
     def __init__(self, shared: Conv, index: int, weights: Mapping[str, Weight]) -> None:
         matrices = cast(Mapping[str, Matrix], weights)

@@ -1,7 +1,7 @@
-"""The forward pass: one decoder for all families, for prompts in chunks and for single tokens alike.
+"""The forward pass: one decoder for all model families. It runs prompts in chunks as well as single tokens.
 
-A token's arithmetic never depends on the tokens beside it, so one chunk, many chunks, token by token, and a batch with
-other sequences give the same bits.
+A token's arithmetic never depends on which other tokens are in the batch. So a prompt gives the same bits in one chunk,
+in many chunks, token by token, and in a batch with other sequences.
 """
 
 from __future__ import annotations
@@ -35,24 +35,25 @@ __all__ = [
 
 
 Kind = tuple[MixerSpec, KvTypes]
-"""What a layer mixes tokens with, and how it stores their keys and values."""
+"""The spec of a layer's mixer, and the types of its keys and values. Layers of one kind share a `Mixer`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One block."""
+    """One layer: a mixer and, usually, an FFN."""
 
     mixer: MixerLayer
     ffn_norm: Array | None
+    """[D], the weight of the norm before the FFN."""
     ffn: Ffn | None
-    """None: the layer is a mixer alone."""
+    """None for a layer that is only a mixer."""
     next_norm: Array
-    """Of the next layer's mixer, or of the head."""
+    """[D], the weight of the norm before the next layer's mixer, or before the head."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Stack:
-    """One set of weights."""
+    """One set of weights of the whole model."""
 
     embed: RowTable
     head: Matrix
@@ -62,9 +63,10 @@ class _Stack:
 
 
 class Decoder:
-    """Turns tokens into hidden states and logits. Owns the activations, not the weights.
+    """The model's forward pass, from tokens to hidden states and logits. Owns the activations, not the weights.
 
-    It may have several sets of weights of one model, the first of which is the model's; a batch says which it is for.
+    There may be several sets of dense weights: first the model's own, then those of adapters. `Batch.variant` says
+    which set a batch runs with.
     """
 
     def __init__(
@@ -80,11 +82,12 @@ class Decoder:
         others: Sequence[Mapping[str, Weight]] = (),
         places: Places | None = None,
     ) -> None:
-        """Takes the parts.
+        """Builds the layers and allocates the activations.
 
         Args:
-            max_tokens: of a batch.
-            context: the most of a sequence.
+            weights: the model's dense tensors, by name.
+            max_tokens: the most tokens of a batch.
+            context: the most tokens of a sequence.
             types: how keys and values are stored.
             others: further sets of weights.
             places: see `Routers`.
@@ -94,9 +97,10 @@ class Decoder:
         self._stops = [
             next((j for j in config.moe_layers if j >= i), config.num_layers)
             for i in range(config.num_layers + 1)
-        ]  # of each layer, the next one with experts
+        ]  # for each layer, the first one from there on that has experts
         behind = config.mixer_by_layer[max(config.moe_layers, default=-1) + 1 :]
-        # To choose experts the host waits, and is told what earlier layers could not store.
+        # A device reports a key or value that its cache cannot store when the host next waits for it, as it does to
+        # choose experts. If attention follows the last choice, the pass has to wait once more at its end.
         self._stores_last = any(spec.cached_heads[0] for spec in behind)
         d = config.hidden_size
         self._rows = Rows(*(ops.empty(max_tokens, d) for _ in range(3)))  # x, normed, added
@@ -119,7 +123,12 @@ class Decoder:
     def _stack(
         self, weights: Mapping[str, Weight], tensors: Sequence[Mapping[str, Weight]]
     ) -> _Stack:
-        """Returns what computes with one set of weights, which are those of layers too, by their names within one."""
+        """Builds the layers of one set of weights.
+
+        Args:
+            weights: all tensors, by their names in the file.
+            tensors: those of each layer, by their names within the layer.
+        """
         config = self.config
         norms = [cast(Array, t["attn_norm"]) for t in tensors] + [cast(Array, weights["norm"])]
         layers = [
@@ -131,7 +140,7 @@ class Decoder:
         return _Stack(embed, head, cast("Array | None", weights.get("head_bias")), norms[0], layers)
 
     def _layer(self, i: int, kind: Kind, tensors: Mapping[str, Weight], next_norm: Array) -> Layer:
-        """Returns layer `i` with tensors by their names within it."""
+        """Builds layer `i` from its tensors, which are given by their names within the layer."""
         mixer, norm = self._mixers[kind].layer(i, tensors), tensors.get("ffn_norm")
         if self.config.out_norms:
             out_norm = cast(Array, tensors["attn_out_norm"])
@@ -139,7 +148,7 @@ class Decoder:
         return Layer(mixer, cast("Array | None", norm), self._ffn(i, tensors), next_norm)
 
     def _ffn(self, i: int, tensors: Mapping[str, Weight]) -> Ffn | None:
-        """Returns that of layer `i`, if it has one."""
+        """Builds the FFN of layer `i`, if it has one."""
         config, ops, index = self.config, self._ops, self.config.moe_index(i)
         if not config.ffn(i).exists:
             return None
@@ -151,7 +160,7 @@ class Decoder:
         return ClosedFfn(inner, ops, tensors, config.norm_eps) if config.out_norms else inner
 
     def change(self, config: ModelConfig) -> None:
-        """Takes another number of experts per token, and another scheduler; see `Routers.change`."""
+        """Switches to another number of experts per token and to the present scheduler; see `Routers.change`."""
         self._routers.change(config)
         self._ops.forget_work()
         self.config = config
@@ -162,13 +171,19 @@ class Decoder:
         return SequenceState(layers, self.context)
 
     def forward(self, batch: Batch) -> Array:
-        """Runs a batch and returns its hidden states. What its sequences count is left to the caller.
+        """Runs a batch through all layers. The caller then commits the tokens to their sequences.
+
+        Layers run in stretches. A stretch ends at a layer whose experts the host has to choose; layers that are "ahead"
+        (see `Ops.ahead`) choose and run their experts without the host, and do not end a stretch.
 
         Args:
             batch: T tokens, at most `max_tokens`.
 
         Returns:
-            [T, D], normed; scratch, valid until the next call.
+            The hidden states [T, D] after the last norm; scratch, valid until the next call.
+
+        Raises:
+            Cancelled: the caller no longer wants the result; see `Batch.is_cancelled`.
         """
         config, ops, after, stack = self.config, self._ops, -1, self._stacks[batch.variant]
         x, normed, added = rows = self._rows.first(len(batch.ids))
@@ -202,22 +217,22 @@ class Decoder:
         return cast(Array, normed)
 
     def embed(self, ids: Ids, out: Array) -> None:
-        """out [T, D] = what the first layer takes of T tokens."""
+        """out [T, D] = the embeddings of T tokens, which are the first layer's input; T may exceed `max_tokens`."""
         for first in range(0, len(ids), self.max_tokens):
             part = slice(first, first + self.max_tokens)
             factor = self.config.embedding_multiplier
             self._ops.embed(self._stacks[0].embed, ids[part], factor, out[part])
 
     def run_layer(self, index: int, batch: Batch, x: Array) -> Array:
-        """Runs one layer alone: for all of a text before the next one is.
+        """Runs a single layer, so that a whole text can pass one layer before it enters the next.
 
         Args:
-            index: the layer's; its part of the states is all that this call looks at.
+            index: the layer's number. Only this layer's part of the sequences' states is used.
             batch: T tokens, at most `max_tokens`.
-            x: [T, D], what it takes, as `embed` or the layer before gave it; becomes what the next one takes.
+            x: [T, D], the residual as `embed` or the layer before left it; becomes the input of the next layer.
 
         Returns:
-            [T, D], normed for what comes next; scratch, valid until the next call.
+            [T, D], x after the next layer's norm; scratch, valid until the next call.
         """
         stack, mixer = self._stacks[batch.variant], self._mixers[self._kinds[index]]
         norm = stack.layers[index - 1].next_norm if index else stack.first_norm
@@ -226,7 +241,7 @@ class Decoder:
     def _run_alone(
         self, index: int, mixer: Mixer, layer: Layer, norm: Array, batch: Batch, x: Array
     ) -> Array:
-        """Runs a layer that no other is run with, on what `norm` makes of x; see `run_layer`."""
+        """Runs a single layer, whose mixer has the norm `norm`; see `run_layer`."""
         _, normed, added = self._rows.first(len(batch))
         rows = x, normed, added
         for rope in self._ropes.values():
@@ -248,7 +263,13 @@ class Decoder:
         batch: Batch,
         rows: tuple[Array, Array, Array],
     ) -> None:
-        """Runs from the experts of layer `after`, -1 for the start, to the choice of those of layer `stop`."""
+        """Runs one stretch: from after the experts of layer `after` to where the experts of layer `stop` are chosen.
+
+        Args:
+            after: -1 for the start of the pass.
+            stop: the number of layers for the end of the pass.
+            rows: x, normed and added, each [T, D].
+        """
         for i in range(max(after, 0), min(stop + 1, len(layers))):
             if i > after:
                 self._enter(layers[i], batch, rows, stops=i == stop)
@@ -258,7 +279,7 @@ class Decoder:
     def _enter(
         self, layer: Layer, batch: Batch, rows: tuple[Array, Array, Array], *, stops: bool
     ) -> None:
-        """Runs a layer up to its end, or to the choice of its experts if it stops there."""
+        """Runs the first part of a layer: all but `_leave`, or, with `stops`, only until its experts are chosen."""
         x, normed, added = rows
         layer.mixer.forward(normed, batch, added)
         if layer.ffn is not None and layer.ffn_norm is not None:
@@ -267,7 +288,7 @@ class Decoder:
             part(x, normed, batch, added)
 
     def _leave(self, layer: Layer, rows: tuple[Array, Array, Array]) -> None:
-        """Runs the end of a layer, and the norm of the next one."""
+        """Runs the end of a layer's FFN, the addition to the residual, and the norm before the next layer."""
         x, normed, added = rows
         if layer.ffn is not None:
             layer.ffn.end(x, normed, added)
@@ -278,7 +299,7 @@ class Decoder:
         self._ops.add_norm(added, config.residual_multiplier, x, norm, config.norm_eps, normed)
 
     def logits(self, hidden: Array, out: Array, variant: int = 0) -> None:
-        """out [T, V] = the head on hidden [T, D] of a batch of this variant."""
+        """out [T, V] = the logits of hidden [T, D], with the head of the set of weights `variant`."""
         stack = self._stacks[variant]
         self._logits(hidden, stack.head, stack.head_bias, out)
 
@@ -293,26 +314,26 @@ class Decoder:
 
 
 def scratch_bytes(config: ModelConfig, max_tokens: int, max_sequences: int = 1) -> int:
-    """Returns the memory of a decoder's and its experts' activations for batches of `max_tokens`."""
+    """Returns the bytes of a decoder's activations, those of its experts included, for batches of `max_tokens`."""
     d, k = config.hidden_size, config.experts_per_token
     mixers = {mixer_class(spec).scratch_widths(spec) for spec in config.mixers}
     rotations = sum(2 * (rope.dim // 2) for rope in config.ropes)
-    per_token = (4 + k) * d + rotations + sum(map(sum, mixers))  # the experts' parts too
+    per_token = (4 + k) * d + rotations + sum(map(sum, mixers))  # k * d for the experts' outputs
     routers = Routers.scratch_bytes(config, max_tokens, max_sequences)
     return 4 * (per_token * max_tokens + config.vocab_size * max_sequences) + routers
 
 
 def state_bytes(config: ModelConfig, context: int, types: KvTypes, chunk: int = 512) -> int:
-    """Returns the memory of a sequence's state for `context` tokens; see `Mixer.state_bytes`.
+    """Returns the bytes of a sequence's state for `context` tokens; see `Mixer.state_bytes`.
 
     Args:
-        chunk: tokens of the longest pass.
+        chunk: the most tokens of a pass.
     """
     return sum(layer_state_bytes(config, context, types, chunk))
 
 
 def layer_state_bytes(config: ModelConfig, context: int, types: KvTypes, chunk: int) -> list[int]:
-    """Returns the same for each layer."""
+    """Returns the bytes of a sequence's state in each layer; see `state_bytes`."""
     kinds = _kinds(config, types)
     sizes = {
         (spec, kind): mixer_class(spec).state_bytes(spec, context, kind, chunk)
@@ -322,12 +343,15 @@ def layer_state_bytes(config: ModelConfig, context: int, types: KvTypes, chunk: 
 
 
 def state_pieces(config: ModelConfig) -> int:
-    """Returns in how many places a sequence's state grows, each of which may fill a page in part."""
+    """Returns at how many separate places in memory a sequence's state grows; each may end in a partly used page."""
     return sum(spec.state_pieces for spec in config.mixer_by_layer)
 
 
 def kept_rope_bytes(config: ModelConfig, context: int, types: KvTypes) -> int:
-    """Returns the memory of what turned the positions of a context, where keys may leave out their biases."""
+    """Returns the bytes of the rotations that are kept for all positions of a context; 0 if none are needed.
+
+    Attention needs them where the cache stores keys in 8 bits or fewer without their biases; see `Rope.keep`.
+    """
     ropes = {
         rope
         for mixer, kinds in _kinds(config, types)
@@ -338,13 +362,13 @@ def kept_rope_bytes(config: ModelConfig, context: int, types: KvTypes) -> int:
 
 
 def read_bytes(config: ModelConfig, length: int, types: KvTypes) -> int:
-    """Returns the bytes of its state that computing a token after `length` others reads."""
+    """Returns how many bytes of a sequence's state are read to compute one token after `length` others."""
     layers = _kinds(config, types)
     return sum(mixer_class(spec).read_bytes(spec, length, kinds) for spec, kinds in layers)
 
 
 def _kinds(config: ModelConfig, types: KvTypes) -> list[Kind]:
-    """Returns each layer's; layers alike share scratch."""
+    """Returns the kind of each layer. Layers of equal kinds share scratch."""
     return [
         (spec, types.of(i) if spec.cached_heads[0] else KvTypes())
         for i, spec in enumerate(config.mixer_by_layer)
@@ -352,7 +376,7 @@ def _kinds(config: ModelConfig, types: KvTypes) -> list[Kind]:
 
 
 def _by_layer(weights: Mapping[str, Weight], num_layers: int) -> list[dict[str, Weight]]:
-    """Returns each layer's tensors, by their names within it."""
+    """Returns the tensors of each layer, by their names within the layer."""
     layers: list[dict[str, Weight]] = [{} for _ in range(num_layers)]
     for name, weight in weights.items():
         if name.startswith("layers."):

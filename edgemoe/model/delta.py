@@ -1,4 +1,4 @@
-"""The gated delta rule: what the layers of one spec share, and one layer's weights."""
+"""The gated delta rule: what all layers of one spec share, and the weights of one layer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["Delta", "DeltaLayer"]
 
 
 class Delta(Recurrent):
-    """Is what the layers of one spec share. See `Mixer`."""
+    """What all delta-rule layers of one spec share. Implements `Mixer`."""
 
     def layer(self, index: int, weights: Mapping[str, Weight]) -> DeltaLayer:
         """See `Mixer.layer`."""
@@ -23,17 +23,18 @@ class Delta(Recurrent):
 
 
 _QKV, _DECAY, _BETA, _GATE, _HEADS, _DECAY_IN, _GATE_IN = range(7)
-"""Arrays of scratch, in the order of `DeltaSpec.scratch_widths`."""
+"""Indices of the scratch arrays, in the order of `DeltaSpec.scratch_widths`."""
 
 
 class DeltaLayer:
-    """Is the gated delta rule of one layer. See `MixerLayer`."""
+    """The gated delta rule of one layer. Implements `MixerLayer`."""
 
     def __init__(self, shared: Delta, index: int, weights: Mapping[str, Weight]) -> None:
         matrices, arrays = cast(Mapping[str, Matrix], weights), cast(Mapping[str, Array], weights)
         self._shared, self._ops, self._index = shared, shared.ops, index
         spec = shared.spec
-        # What is applied to the input, and where its results go.
+        # Tensors that are applied to the layer's input, by the scratch array that gets the result: quantised matrices
+        # are `large`, float32 ones `small`.
         large = {_QKV: "qkv", _GATE: "z"}
         small = {_DECAY: "decay", _BETA: "beta"}
         if spec.gate_rank:

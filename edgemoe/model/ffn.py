@@ -1,4 +1,7 @@
-"""What follows the mixer in a layer: an FFN that every token takes, routed experts, or both."""
+"""The part of a layer after its mixer: a dense FFN, routed experts, or both.
+
+The dense FFN beside routed experts, which every token takes, is called shared.
+"""
 
 from __future__ import annotations
 
@@ -18,38 +21,42 @@ __all__ = ["BranchedFfn", "ClosedFfn", "DenseFfn", "Ffn", "RoutedFfn"]
 
 
 class Ffn(Protocol):
-    """Is the FFN of one layer, in parts: between the first and the last the host may have to choose experts.
+    """The FFN of one layer, split into parts because the host may have to choose experts in between.
 
-    All take the residual x, normed and out, each [T, D]; a part goes on where the one before left off.
+    A layer runs `begin`, `run_experts` and `end`, or `run` and `end`. Each takes the residual x, the normed residual
+    and out, all [T, D], and continues where the part before stopped.
     """
 
     def begin(self, x: Array, normed: Array, batch: Batch, out: Array) -> None:
-        """Runs what comes before `run_experts`."""
+        """Runs what comes before `run_experts` and does not need the host."""
 
     def run_experts(self, x: Array, normed: Array, batch: Batch, out: Array) -> None:
-        """Chooses experts, as planned by the host, and runs them."""
+        """Chooses experts, lets the host's scheduler plan them, and runs them."""
 
     def run(self, x: Array, normed: Array, batch: Batch, out: Array) -> None:
-        """Does in place of both what needs no host: of a token whose experts are ahead, or of one without experts."""
+        """Replaces `begin` and `run_experts` where the host decides nothing.
+
+        That is so in a layer without experts, and in one that is ahead (see `Ops.ahead`).
+        """
 
     def end(self, x: Array, normed: Array, out: Array) -> None:
-        """Runs the rest: out = what the layer adds to the residual, which it may scale."""
+        """Runs the rest: out = what the layer adds to the residual. May scale x itself."""
 
 
 class DenseFfn:
-    """Is one FFN for every token."""
+    """An FFN without experts: the same for every token."""
 
     def __init__(self, ops: Ops, weights: Mapping[str, Weight], activation: Activation) -> None:
         """Args:
-        weights: the layer's tensors, by their names within it.
+        weights: the layer's tensors, by their names within the layer.
         """
         self._ops, self._matrices, self._activation = ops, _shared(weights), activation
 
     def begin(self, x: Array, normed: Array, batch: Batch, out: Array) -> None:
-        """See `Ffn.begin`: never called."""
+        """See `Ffn.begin`; never called, as there are no experts to choose."""
 
     def run_experts(self, x: Array, normed: Array, batch: Batch, out: Array) -> None:
-        """See `Ffn.run_experts`: likewise."""
+        """See `Ffn.run_experts`; never called."""
 
     def run(self, x: Array, normed: Array, batch: Batch, out: Array) -> None:
         """See `Ffn.run`."""
@@ -60,7 +67,7 @@ class DenseFfn:
 
 
 class RoutedFfn:
-    """Is experts that a router chooses, and an FFN for every token beside them if there is one."""
+    """Routed experts, and a shared FFN beside them if the layer has one."""
 
     def __init__(
         self,
@@ -73,8 +80,8 @@ class RoutedFfn:
         scratch: Rows,
     ) -> None:
         """Args:
-        index: the layer's, among those with experts.
-        weights: the layer's tensors, by their names within it.
+        index: the layer's position among the layers with experts.
+        weights: the layer's tensors, by their names within the layer.
         scratch: [max tokens, D].
         """
         self._index, self._ops, self._routers, self._experts = index, ops, routers, experts
@@ -82,7 +89,7 @@ class RoutedFfn:
         self._shared = _shared(weights) if "shared.up" in weights else None
         self._sigmoid = cast("Array | None", weights.get("shared.sigmoid"))
         self._scratch, self._gates_input = scratch, config.gate_input
-        self._has_shared = False  # what `run_experts` may have run too
+        self._has_shared = False  # whether the shared FFN ran together with the experts
 
     def begin(self, x: Array, normed: Array, batch: Batch, out: Array) -> None:
         """See `Ffn.begin`."""
@@ -106,7 +113,7 @@ class RoutedFfn:
         )
 
     def _beside(self, x: Array) -> Beside | None:
-        """Returns the FFN that every token takes, if there is one."""
+        """Returns the shared FFN and its output, if there is one."""
         return None if self._shared is None else Beside(self._shared, *self._scratch.first(len(x)))
 
     def end(self, x: Array, normed: Array, out: Array) -> None:
@@ -123,7 +130,10 @@ class RoutedFfn:
 
 
 class BranchedFfn:
-    """Is experts and an FFN beside them, each between norms of its own; the FFN's first one is the layer's."""
+    """Routed experts and a shared FFN, each with a norm before and after it.
+
+    The norm before the shared FFN is the layer's `ffn_norm`, whose result the caller gives as `normed`.
+    """
 
     def __init__(
         self,
@@ -136,8 +146,8 @@ class BranchedFfn:
         scratch: Rows,
     ) -> None:
         """Args:
-        index: the layer's, among those with experts.
-        weights: the layer's tensors, by their names within it.
+        index: the layer's position among the layers with experts.
+        weights: the layer's tensors, by their names within the layer.
         scratch: [max tokens, D].
         """
         self._index, self._ops, self._routers, self._experts = index, ops, routers, experts
@@ -181,11 +191,11 @@ class BranchedFfn:
 
 
 class ClosedFfn:
-    """Is an FFN whose output is normed, and after which the residual may be scaled."""
+    """An FFN whose output is normed before it is added. The residual may then be scaled."""
 
     def __init__(self, ffn: Ffn, ops: Ops, weights: Mapping[str, Weight], eps: float) -> None:
         """Args:
-        weights: the layer's tensors, by their names within it.
+        weights: the layer's tensors, by their names within the layer.
         """
         self._ffn, self._ops, self._eps = ffn, ops, eps
         self._norm = cast(Array, weights["ffn_out_norm"])
@@ -204,7 +214,7 @@ class ClosedFfn:
         self._ffn.run(x, normed, batch, out)
 
     def end(self, x: Array, normed: Array, out: Array) -> None:
-        """See `Ffn.end`; x is scaled, and the norm's weight has the layer's scale in it."""
+        """See `Ffn.end`. Scales x by the layer's scale; the weight of the output norm already contains that scale."""
         self._ffn.end(x, normed, out)
         self._ops.norm(out, self._norm, self._eps, out)
         if self._scale is not None:
@@ -212,13 +222,13 @@ class ClosedFfn:
 
 
 def _shared(weights: Mapping[str, Weight]) -> tuple[Matrix | None, Matrix, Matrix]:
-    """Returns the matrices of the FFN that every token takes."""
+    """Returns gate, up and down of the dense or shared FFN."""
     gate, up, down = (cast("Matrix | None", weights.get(f"shared.{name}")) for name in MATRICES)
     return gate, cast(Matrix, up), cast(Matrix, down)
 
 
 def _expert_layer(config: ModelConfig, weights: Mapping[str, Weight]) -> ExpertLayer:
-    """Returns what a layer's experts have beside their matrices."""
+    """Returns what a layer's experts have besides their matrices."""
     return ExpertLayer(
         activation=config.activation, biases=_biases(weights),
         basis=cast("Basis | None", weights.get("experts.basis")),
@@ -226,7 +236,7 @@ def _expert_layer(config: ModelConfig, weights: Mapping[str, Weight]) -> ExpertL
 
 
 def _biases(weights: Mapping[str, Weight]) -> tuple[Array, Array, Array] | None:
-    """Returns those of a layer's experts, if they have some."""
+    """Returns the biases of a layer's experts, for gate, up and down, if they have any."""
     if "expert_bias.down" not in weights:
         return None
     gate, up, down = (cast(Array, weights[f"expert_bias.{name}"]) for name in MATRICES)

@@ -1,4 +1,4 @@
-"""A mixer that the host runs beside a device: what goes in and what comes out are copied."""
+"""Mixers that the host runs because the device lacks kernels for them. Input and output are copied for each call."""
 
 from __future__ import annotations
 
@@ -21,15 +21,17 @@ __all__ = ["make_mixers"]
 
 
 class _Hosted:
-    """Is the mixer of one spec. See `Mixer`."""
+    """A mixer that runs on the host. Implements `Mixer`."""
 
     def __init__(
         self, inner: Mixer, ropes: list[Rope], ops: Ops, host: Ops, rows: tuple[Array, Array]
     ) -> None:
         """Args:
-        ropes: the host's, which its layers use.
-        ops: the device's.
-        rows: [max tokens, D], the host's: what goes in, what comes out.
+        inner: the mixer, made for the host's operations.
+        ropes: the rotations that its layers use, in the host's memory.
+        ops: the device's operations.
+        host: the host's operations.
+        rows: two arrays [max tokens, D] in the host's memory, for the mixer's input and output.
         """
         self._inner, self._ropes, self._host = inner, ropes, host
         self.ops, self.rows = ops, rows
@@ -39,13 +41,13 @@ class _Hosted:
         return self._inner.make_state()
 
     def start(self, batch: Batch) -> None:
-        """See `Mixer.start`: the host's work is never repeated by a device."""
+        """See `Mixer.start`. Returns None, as a device cannot repeat work of the host."""
         for rope in self._ropes:
             rope.start(batch)
         self._inner.start(batch)
 
     def layer(self, index: int, weights: Mapping[str, Weight]) -> _HostedLayer:
-        """See `Mixer.layer`; its norm, which is the device's, may be wanted too."""
+        """See `Mixer.layer`. Copies the layer's norm to the host, where the mixer may need it."""
         norm: Any = weights["attn_norm"]
         here = self._host.empty(*norm.shape)
         self.ops.download(norm, here)
@@ -53,7 +55,7 @@ class _Hosted:
 
 
 class _HostedLayer:
-    """Is the mixer of one layer. See `MixerLayer`."""
+    """The mixer of one layer, run on the host. Implements `MixerLayer`."""
 
     def __init__(self, shared: _Hosted, inner: MixerLayer) -> None:
         self._shared, self._inner = shared, inner
@@ -70,12 +72,12 @@ class _HostedLayer:
 def make_mixers(
     setup: Setup, weights: Mapping[str, Weight], kinds: Iterable[tuple[MixerSpec, KvTypes]]
 ) -> dict[tuple[MixerSpec, KvTypes], Mixer]:
-    """Returns a mixer of each kind, run by the operations of the setup or beside them.
+    """Returns a mixer of each kind. It runs by the operations of the setup, or on the host where these cannot run it.
 
     Args:
-        setup: for all; the types are those of a kind.
-        weights: all of the model's, for the frequencies of RoPE.
-        kinds: what layers mix with, and how they store it.
+        setup: shared by all mixers; the types of each kind replace those of the setup.
+        weights: all tensors of the model, for the frequencies of RoPE.
+        kinds: each mixer's spec, and the types of its keys and values.
     """
     out: dict[tuple[MixerSpec, KvTypes], Mixer] = {}
     beside: Setup | None = None

@@ -1,11 +1,11 @@
 """Types of keys and values for each layer, chosen offline (after KVTuner, arXiv 2502.04420), and their JSON form.
 
-    edgemoe_kv_types  1
-    of                what it belongs to: family, and the checkpoint's fingerprint
-    settings          what it was found with: strings, numbers and lists
-    layers            for each layer [keys, values], or null where a layer has none
+    edgemoe_kv_types  1, the version
+    of                the model it belongs to: its family, and the checkpoint's fingerprint
+    settings          the settings it was found with: strings, numbers and lists
+    layers            for each layer [keys, values], or null if the layer has no keys and values
 
-It is a file of its own, or the section "kv_types" of a `.moe` file.
+The table is a file of its own, or the section "kv_types" of a `.moe` file.
 """
 
 from __future__ import annotations
@@ -29,24 +29,25 @@ Row = tuple[str, str] | None
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KvTable:
-    """Says how each layer holds its keys and values."""
+    """The types of keys and values for each layer of one model."""
 
     of: Mapping[str, str]
-    """Of which model, see `identity`."""
+    """The model it belongs to; see `identity`."""
     layers: tuple[Row, ...]
-    """(keys, values), or None for a layer that has none."""
+    """For each layer the types (keys, values), or None if the layer has no keys and values."""
     settings: Mapping[str, Any] = field(default_factory=dict)
+    """The settings it was found with."""
 
     @staticmethod
     def identity(moe: MoeFile) -> dict[str, str]:
-        """Returns what a table of a model belongs to."""
+        """Returns the family and fingerprint of a model, by which a table is matched to it."""
         return {
             "family": moe.config.family,
             "fingerprint": str(moe.source.get("fingerprint", "")),
         }
 
     def types(self, keys: str, values: str) -> KvTypes:
-        """Returns the types of a cache, of which "auto" ones are the table's."""
+        """Returns the types of a KV cache; where `keys` or `values` is "auto", they are the table's."""
         return KvTypes(keys, values, self.layers)
 
     def to_json(self) -> bytes:
@@ -62,10 +63,10 @@ class KvTable:
         """Reads the JSON form.
 
         Args:
-            where: what errors call it.
+            where: what error messages call the table, such as its path.
 
         Raises:
-            FormatError: not such a table.
+            FormatError: the content is not such a table, or is of another version.
         """
         try:
             value = parse_json(content, where)
@@ -84,10 +85,10 @@ class KvTable:
             raise FormatError(f"{where}: no table of KV types of edgemoe") from None
 
     def check(self, moe: MoeFile, where: str) -> None:
-        """Checks that it is of a model.
+        """Checks that the table belongs to a model.
 
         Raises:
-            FormatError: it is another's; says of which.
+            FormatError: the table is of another model, or its layers do not match those of the model.
         """
         for name, mine in self.identity(moe).items():
             if self.of.get(name) != mine:

@@ -1,4 +1,4 @@
-"""Mamba-2: what the layers of one spec share, and one layer's weights."""
+"""Mamba-2: what all layers of one spec share, and the weights of one layer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["Mamba", "MambaLayer"]
 
 
 class Mamba(Recurrent):
-    """Is what the layers of one spec share. See `Mixer`."""
+    """What all Mamba-2 layers of one spec share. Implements `Mixer`."""
 
     def layer(self, index: int, weights: Mapping[str, Weight]) -> MambaLayer:
         """See `Mixer.layer`."""
@@ -23,7 +23,7 @@ class Mamba(Recurrent):
 
 
 class MambaLayer:
-    """Is Mamba-2 of one layer. See `MixerLayer`."""
+    """The Mamba-2 mixer of one layer. Implements `MixerLayer`."""
 
     def __init__(self, shared: Mamba, index: int, weights: Mapping[str, Weight]) -> None:
         matrices, arrays = cast(Mapping[str, Matrix], weights), cast(Mapping[str, Array], weights)

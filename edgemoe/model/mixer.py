@@ -1,6 +1,7 @@
-"""What mixes the tokens of a sequence: one file for each kind, found by its spec.
+"""Mixers, the parts of layers that let tokens of a sequence see each other: attention, convolutions, recurrences.
 
-Everything else of a layer treats each row of a batch alone; a mixer sees which rows follow which, and keeps a state.
+Everything else in a layer treats each row of a batch by itself. A mixer knows which rows follow which, and keeps a
+state for each sequence. Each kind of mixer is a file of its own, and is found by the class of its spec.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ __all__ = ["ClosedMixer", "Mixer", "MixerLayer", "mixer_class"]
 
 
 class MixerLayer(Protocol):
-    """Is the mixer of one layer: its weights."""
+    """The mixer of one layer: its weights, and how they are applied."""
 
     def forward(self, normed: Array, batch: Batch, out: Array) -> None:
-        """out [T, D] = what the layer adds to the residual for normed [T, D]."""
+        """out [T, D] = what the mixer adds to the residual, for the normed residual [T, D]."""
 
 
 class ClosedMixer:
-    """Is the mixer of one layer whose output is normed."""
+    """The mixer of one layer, followed by a norm of its output."""
 
     def __init__(self, mixer: MixerLayer, ops: Ops, norm: Array, eps: float) -> None:
         self._mixer, self._ops, self._norm, self._eps = mixer, ops, norm, eps
@@ -44,42 +45,43 @@ class ClosedMixer:
 
 
 class Mixer(Protocol):
-    """Is what all layers of one spec share: scratch, and what depends on the batch alone.
+    """What all layers of one spec share: scratch, and values that depend only on the batch.
 
-    A spec is of the class that `_CLASSES` names beside the mixer's.
+    `_CLASSES` maps the class of a spec to that of its mixer.
     """
 
     def __init__(self, spec: Any, setup: Setup) -> None:
-        """Takes its rows of the scratch, and what else its layers share."""
+        """Allocates scratch and prepares what its layers share."""
 
     @staticmethod
     def scratch_widths(spec: Any) -> tuple[int, ...]:
-        """Returns the floats of each array of its scratch for a token; mixers with the same ones share them."""
+        """Returns the width, in floats per token, of each scratch array. Mixers with the same widths share scratch."""
 
     @staticmethod
     def state_bytes(spec: Any, context: int, types: KvTypes, chunk: int) -> int:
-        """Returns the memory of one layer's state for sequences of `context` tokens and passes of `chunk`.
+        """Returns the bytes of one layer's state for sequences of `context` tokens and passes of at most `chunk`.
 
-        One of 4 MiB or more is resident as soon as it is made, so that the budget need not count what it grows by; so
-        is one that a shorter `chunk` makes smaller.
+        The pages of a state become resident as it grows. There are two exceptions, which the budget counts in full from
+        the start: a state of 4 MiB or more, and one that a shorter `chunk` makes smaller (a ring).
         """
 
     @staticmethod
     def read_bytes(spec: Any, length: int, types: KvTypes) -> int:
-        """Returns the bytes of one layer's state that computing a token after `length` others reads."""
+        """Returns how many bytes of one layer's state are read to compute one token after `length` others."""
 
     def make_state(self) -> State:
         """Returns the state of one layer for a new sequence."""
 
     def start(self, batch: Batch) -> Hashable | None:
-        """All layers will now run for a batch, and their states make way for it.
+        """Prepares for a pass of a batch through all layers, and makes room in their states.
 
         Returns:
-            For a batch of one token, what tells apart those that are not the same work; None where none is.
+            For a batch of one token, a key: passes with equal keys do the same work, which may then be recorded once
+            and repeated (see `Ops.repeat`). None if the work is never the same.
         """
 
     def layer(self, index: int, weights: Mapping[str, Weight]) -> MixerLayer:
-        """Returns the mixer of layer `index`, whose tensors are given by their names within the layer."""
+        """Returns the mixer of layer `index`; `weights` has its tensors, by their names within the layer."""
 
 
 _CLASSES: Mapping[type[MixerSpec], type[Mixer]] = {

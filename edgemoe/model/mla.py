@@ -1,4 +1,7 @@
-"""Multi-head latent attention, absorbed: what the layers of one spec share, and one layer's weights."""
+"""Multi-head latent attention with absorbed projections: what all layers of one spec share, and one layer's weights.
+
+Absorbed: a head's keys and values are never computed from the latents. See `MlaSpec`.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,10 @@ _UNTURNED: tuple[Any, Any] = (None, None)
 
 
 class Latents:
-    """Is the state of a layer: latents and turned columns, stored as keys are. Any prefix of it is a state."""
+    """The state of a layer: for each position the latent and the rotated columns, stored as keys are.
+
+    All positions are kept, so the sequence can be cut back to any length. Implements `State`.
+    """
 
     can_rewind_anywhere = can_look_back = True
 
@@ -37,7 +43,7 @@ class Latents:
 
     @staticmethod
     def bytes(spec: MlaSpec, capacity: int, types: KvTypes) -> int:
-        """Returns the memory that `capacity` positions take; it grows by 32 of them."""
+        """Returns the bytes of `capacity` positions. Memory is touched in steps of 32 positions."""
         return kv_bytes(types.keys, 1, capacity, spec.key_dim)
 
     def reaches(self, length: int) -> int:
@@ -45,7 +51,7 @@ class Latents:
         return length
 
     def rewind(self, length: int) -> None:
-        """See `State.rewind`: what lies behind `length` is written over."""
+        """See `State.rewind`: positions from `length` on will be overwritten."""
 
     def snapshot(self, length: int) -> None:
         """See `State.snapshot`."""
@@ -62,7 +68,7 @@ class Latents:
 
 
 class Mla:
-    """Is what the layers of one spec share. See `Mixer`."""
+    """What all latent-attention layers of one spec share. Implements `Mixer`."""
 
     def __init__(self, spec: MlaSpec, setup: Setup) -> None:
         self.spec, self.ops = spec, setup.ops
@@ -72,7 +78,11 @@ class Mla:
 
     @staticmethod
     def scratch_widths(spec: MlaSpec) -> tuple[int, ...]:
-        """See `Mixer.scratch_widths`: queries, before and after, keys, what heads see and give, and their gate."""
+        """See `Mixer.scratch_widths`.
+
+        The arrays are the low-rank queries, the queries, the absorbed queries, the new keys, what the heads attend to
+        (latents), their outputs, and their gate.
+        """
         h = spec.num_heads
         return (
             spec.q_rank, spec.q_width, h * spec.key_dim, spec.key_dim, h * spec.latent_dim,
@@ -86,7 +96,7 @@ class Mla:
 
     @staticmethod
     def read_bytes(spec: MlaSpec, length: int, types: KvTypes) -> int:
-        """See `Mixer.read_bytes`: all heads read the same."""
+        """See `Mixer.read_bytes`: all heads read the same latents."""
         return Latents.bytes(spec, 32, types) * length // 32
 
     def make_state(self) -> Latents:
@@ -94,7 +104,7 @@ class Mla:
         return Latents(self.ops, self.spec, self.context, self.types.keys)
 
     def start(self, batch: Batch) -> Hashable | None:
-        """See `Mixer.start`: cuts the rows of each sequence, once for all layers."""
+        """See `Mixer.start`: slices scratch and rotations into the rows of each sequence, once for all layers."""
         parts: list[tuple[list[Any], int, Any, Any, Any, Any, Any, Any]] = []
         for part in batch.slices:
             _, q, absorbed, keys, out, *_ = self._rows.between(part.start, part.stop)
@@ -112,7 +122,7 @@ class Mla:
 
 
 class MlaLayer:
-    """Is latent attention of one layer. See `MixerLayer`."""
+    """The latent attention of one layer. Implements `MixerLayer`."""
 
     def __init__(self, shared: Mla, index: int, weights: Mapping[str, Weight]) -> None:
         matrices = cast(Mapping[str, Matrix], weights)

@@ -1,4 +1,4 @@
-"""States that do not grow with the sequence: arrays that stand for all tokens before a position."""
+"""Recurrent states, which do not grow with the sequence: a few arrays stand for all tokens before a position."""
 
 from __future__ import annotations
 
@@ -16,15 +16,17 @@ __all__ = ["Recurrent", "RecurrentState"]
 
 
 class RecurrentState:
-    """Is the state of a layer that cannot go back token by token: some arrays for each of a few lengths.
+    """The state of a recurrent layer. Implements `State`.
 
-    A pass reads those of the length that counts and writes others, so that nothing has to be undone. See `State`.
+    Such a layer cannot go back token by token, so its arrays are kept for each of a few lengths. A pass reads the
+    arrays of the present length and writes to others, so that nothing has to be undone if it fails.
     """
 
     can_rewind_anywhere = can_look_back = False
 
     def __init__(self, ops: Ops, *shapes: tuple[int, ...]) -> None:
-        # Of the length that counts, of that after the pass, and of the snapshots. Memory is taken as it is written to.
+        # One set of arrays for the present length, one for the length after the pass, and one for each snapshot. The
+        # system provides their pages when they are first written to.
         self._free = [tuple(ops.empty(*s) for s in shapes) for _ in range(2 + SNAPSHOTS)]
         self._at: dict[int, tuple[Array, ...]] = {}
         self._kept: list[int] = []
@@ -32,18 +34,18 @@ class RecurrentState:
 
     @staticmethod
     def bytes(*shapes: tuple[int, ...]) -> int:
-        """Returns the memory of a state with its snapshots, once all were written."""
+        """Returns the bytes of a state and its snapshots, once all of them have been written."""
         return (2 + SNAPSHOTS) * RecurrentState.read_bytes(*shapes)
 
     @staticmethod
     def read_bytes(*shapes: tuple[int, ...]) -> int:
-        """Returns the bytes that a pass reads."""
+        """Returns the bytes of the state that a pass reads."""
         return 4 * sum(map(math.prod, shapes))
 
     def step(self, pos: int, count: int) -> tuple[tuple[Array | None, ...], tuple[Array, ...]]:
-        """Returns the arrays that stand for the first `pos` tokens and those to write for `count` more.
+        """Returns the arrays that stand for the first `pos` tokens, and those to write for `count` more.
 
-        The former are None at the start, where all are zero. What was kept of longer ones is void.
+        The former are None at the start, where the state is all zeros. Drops what was kept for longer lengths.
         """
         before = self._at[pos] if pos else self._start
         self._drop({n for n in self._at if n > pos or (n < pos and n not in self._kept)})
@@ -59,7 +61,7 @@ class RecurrentState:
         self._drop({n for n in self._at if n > length})
 
     def snapshot(self, length: int) -> None:
-        """See `State.snapshot`: the last few are kept."""
+        """See `State.snapshot`: keeps the last `SNAPSHOTS`."""
         if length and length not in self._kept:
             self._kept = [*self._kept, length][-SNAPSHOTS:]
 
@@ -74,30 +76,30 @@ class RecurrentState:
         return made
 
     def _drop(self, lengths: set[int]) -> None:
-        """Forgets lengths, and what was kept of them."""
+        """Forgets some lengths, and frees their arrays."""
         self._kept = [n for n in self._kept if n not in lengths]
         self._free += [self._at.pop(n) for n in lengths]
 
 
 class RecurrentSpec(Protocol):
-    """Is the spec of a mixer with such a state."""
+    """The spec of a mixer with a recurrent state."""
 
     @property
     def state_shapes(self) -> tuple[tuple[int, ...], ...]:
-        """Of the arrays that stand for what was."""
+        """The shapes of the arrays that stand for the tokens so far."""
 
     @property
     def scratch_widths(self) -> tuple[int, ...]:
-        """Floats of each array of scratch for a token."""
+        """The width, in floats per token, of each scratch array."""
 
 
 class Recurrent:
-    """Is what the layers of one spec share, but for the class of a layer. See `Mixer`."""
+    """What all layers of one recurrent spec share. Subclasses implement `Mixer` by adding `layer`."""
 
     def __init__(self, spec: Any, setup: Setup) -> None:
         self.spec, self.ops = spec, setup.ops
         self._rows = setup.scratch.rows(*spec.scratch_widths)
-        self._layers: dict[int, None] = {}  # its own, in order
+        self._layers: dict[int, None] = {}  # numbers of the layers with this spec, in order
 
     @staticmethod
     def scratch_widths(spec: RecurrentSpec) -> tuple[int, ...]:
@@ -119,17 +121,20 @@ class Recurrent:
         return RecurrentState(self.ops, *self.spec.state_shapes)
 
     def join(self, index: int) -> None:
-        """Takes layer `index`, whose states are asked to make way with the others'."""
+        """Adds layer `index` to those whose states `start` prepares."""
         self._layers[index] = None
 
     def start(self, batch: Batch) -> Hashable | None:
-        """See `Mixer.start`: all rows of scratch, and for each sequence its rows, and arrays of each layer to read and
-        to write, which are what tells passes apart."""
+        """See `Mixer.start`.
+
+        The batch gets all rows of scratch and, for each sequence, its own rows and the arrays that each layer reads and
+        writes. The identities of those arrays are the key.
+        """
         parts = []
         for part in batch.slices:
             states = cast("list[RecurrentState]", part.state.layers)
             steps = {i: states[i].step(part.state.held, part.count) for i in self._layers}
             parts.append((steps, self._rows.between(part.start, part.stop)))
         batch.shared[self] = (self._rows.first(len(batch.ids)), parts)
-        # A state's arrays live as long as it does.
+        # A state's arrays live as long as the state, so their identities are stable.
         return tuple(id(arrays) for both in parts[0][0].values() for arrays in both)

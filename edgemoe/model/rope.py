@@ -1,4 +1,4 @@
-"""Rotary positions: the rotations of a batch's rows, for all layers that have the same frequencies."""
+"""Rotary position embedding (RoPE): the rotations of a batch's rows, shared by layers with the same frequencies."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["Rope"]
 
 
 class Rope:
-    """Turns positions into cosines and sines, once for a batch."""
+    """The cosines and sines of a batch's positions, computed once for all layers of one `RopeSpec`."""
 
     def __init__(
         self, spec: RopeSpec, ops: Ops, weights: Mapping[str, Weight], max_tokens: int
@@ -27,19 +27,23 @@ class Rope:
         }
         half = spec.dim // 2
         self.rows = Rows(ops.empty(max_tokens, half), ops.empty(max_tokens, half))
-        """cos and sin"""
+        """cos and sin, each [max tokens, dim / 2]."""
 
     def start(self, batch: Batch) -> None:
-        """Fills the rows of a batch, each by the position in its own sequence."""
+        """Computes cos and sin of a batch's rows, each at the row's position in its own sequence."""
         for part in batch.slices:
             cos, sin = self.rows.between(part.start, part.stop)
             self._ops.rope(self.table(part.state), part.state.held, cos, sin)
 
     def table(self, state: SequenceState) -> RopeTable:
-        """Returns what turns the positions of a sequence, which may depend on its length."""
+        """Returns the table of frequencies for a sequence, which may depend on its length (LongRoPE)."""
         return self._tables[self.spec.frequencies(state.turned)]
 
     def keep(self, positions: int) -> None:
-        """Keeps the rotations of so many positions, as keys without their biases need it."""
+        """Keeps the rotations of so many positions.
+
+        Attention needs them where the cache stores keys without their biases: it adds each bias to the scores, rotated
+        to the position of its key.
+        """
         for table in self._tables.values():
             table.keep(positions)

@@ -1,4 +1,4 @@
-"""The routers of all layers: they choose a layer's experts, and guess those of the layers after it."""
+"""The routers of all layers: they choose a layer's experts, and predict those of the layers after it."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from edgemoe.store import Weight
 
 __all__ = ["MOST_AHEAD", "Routers"]
 
-MOST_AHEAD = 4  # layers; what lies further ahead is guesswork
+MOST_AHEAD = 4
+"""The most layers to predict experts for; predictions for layers further ahead are guesswork."""
 
 
 class Routers:
-    """Routes a batch, layer by layer."""
+    """The routers of all layers with experts, for each set of weights."""
 
     def __init__(
         self,
@@ -34,8 +35,9 @@ class Routers:
         places: Places | None = None,
     ) -> None:
         """Args:
-        sets: of each set of weights the tensors of the layers with experts, by their names within the layer.
-        places: of experts, by which all who come after the router call them; None where these are their numbers.
+        sets: for each set of weights, the tensors of each layer with experts, by their names within the layer.
+        places: maps an expert's number to its place in the layer's table, which is what schedulers, store and kernels
+            call it by. None without adapters, where the two are the same.
         """
         self._ops, self._experts, self._max_tokens = ops, experts, max_tokens
         self._sets = [[_weights(layer) for layer in layers] for layers in sets]
@@ -43,10 +45,10 @@ class Routers:
         self.change(config)
 
     def change(self, config: ModelConfig) -> None:
-        """Takes another number of experts per token, and what the scheduler of now wants to be told.
+        """Switches to the config's number of experts per token, and prepares what the present scheduler asks for.
 
         Raises:
-            FormatError: the scheduler's routers of bits, or its stand-ins, are of another model.
+            FormatError: the scheduler's bit routers, or its stand-ins, are for another model.
         """
         ops, experts, max_tokens = self._ops, self._experts, self._max_tokens
         E, K = config.num_experts, config.experts_per_token
@@ -70,36 +72,37 @@ class Routers:
                 )
             # Views by layer.
             self._bit_routers = list(zip(bits.weight, bits.gate_weight, bits.bias, strict=True))
-            # Some KiB, or 100 per thousand tokens of a batch: left to the budget's margin.
+            # Some KiB, or 100 KiB per thousand tokens of a batch: the margin of the budget covers it.
             self._bit_logits = ops.host(max_tokens, K, len(bits.levels), dtype="float32")
 
     @staticmethod
     def scratch_bytes(config: ModelConfig, max_tokens: int, max_sequences: int) -> int:
-        """Returns the memory of what is routed and guessed, without adapters."""
+        """Returns the bytes of scores, choices and predictions, without those of adapters."""
         E, K = config.num_experts, config.experts_per_token
         ahead = MOST_AHEAD * (config.hidden_size + E + 2 * K) * max_sequences
         return 4 * ((E + 2 * K) * max_tokens + ahead)
 
     def begin(self, index: int, normed: Array, batch: Batch) -> None:
-        """Begins what `route` ends, which the next call must be: all of it that needs no host."""
+        """Starts the part of `route` that does not need the host. The next call must be `route`, for the same layer."""
         self._ops.begin_route(normed, self._sets[batch.variant][index])
 
     def ahead(self, *, is_start: bool) -> frozenset[int]:
-        """Returns the layers for which `choose` may take the place of both; see `Experts.ahead`."""
+        """Returns the layers for which `choose` may replace `begin` and `route`; see `Experts.ahead`."""
         if self._places is not None or self._config.gate_input:
             return frozenset()
         return self._experts.ahead(self._rule, is_start=is_start)
 
     def choose(self, index: int, normed: Array, batch: Batch) -> None:
-        """Chooses for normed [1, D] where the host does not look."""
+        """Chooses the experts of a layer that is ahead, for normed [1, D], without telling the host."""
         self._ops.choose(index, normed, self._sets[batch.variant][index], self._rule)
 
     def route(self, index: int, x: Array, normed: Array, batch: Batch) -> Routing:
-        """Returns what the router chooses for normed [T, D], the input of the experts; it lies in scratch.
+        """Returns what the router chooses; its arrays are scratch, valid until the next call.
 
         Args:
-            index: the layer's, among those with experts.
-            x: [T, D], the residual, from which the next layers' choices are guessed.
+            index: the layer's position among the layers with experts.
+            x: [T, D], the residual, from which the choices of the next layers are predicted.
+            normed: [T, D], the input of the router.
         """
         ops = self._ops
         scores, experts, gates = self._chosen.first(len(normed))
@@ -119,7 +122,10 @@ class Routers:
         return routing
 
     def _look_ahead(self, routing: Routing, x: Array, routers: Sequence[RouterWeights]) -> None:
-        """Adds what the scheduler wants to know of the layers after it for x [T, D]; see `Routing`."""
+        """Adds the choices predicted for the next layers from x [T, D], as many as the scheduler asks for.
+
+        See `Routing.ahead_experts`.
+        """
         first = routing.layer + 1
         p = min(self._experts.scheduler.look_ahead, MOST_AHEAD, len(routers) - first)
         if p <= 0:
@@ -141,7 +147,7 @@ class Routers:
 
 
 def _weights(layer: Mapping[str, Weight]) -> RouterWeights:
-    """Returns the router of a layer, from its tensors."""
+    """Returns the router of a layer, from the layer's tensors."""
     optional = cast(Mapping[str, Array], layer).get
     return RouterWeights(
         norm=cast(Array, layer.get("router_norm", layer["ffn_norm"])), weight=cast(Array, layer["router"]),

@@ -1,4 +1,4 @@
-"""What the mixers of a model are made with."""
+"""The values that every mixer of a model is built from."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["Setup"]
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """Is what all mixers share."""
+    """What all mixers of a model share."""
 
     config: ModelConfig
     ops: Ops
@@ -26,5 +26,6 @@ class Setup:
     context: int
     """The most tokens of a sequence."""
     chunk: int
-    """The most of a pass."""
+    """The most tokens of a pass."""
     types: KvTypes
+    """How keys and values are stored."""
