@@ -1,11 +1,12 @@
-"""The verbs of the forward pass: what a device must do to run a model.
+"""The verbs of the forward pass: the operations that a device must implement to run a model.
 
-The model and the experts see only these. They never look inside an array but for those of `host`: a device's arrays
-are its own, have `shape`, `len` and slices of leading rows, and nothing else. Every verb gives the same bits on every
-device, and a row's result never depends on the rows beside it. Arrays are contiguous float32 unless said; what a verb
-writes is an argument, made by `empty` or `host`. One caller at a time.
+The model and the experts use nothing else of a device. An array belongs to its device: it has `shape`, `len` and slices
+of leading rows, and its values can be read only if it was made by `host`. Every verb gives the same bits on every
+device, and a row's result never depends on the other rows. Arrays are contiguous float32 unless said otherwise. A verb
+writes to arrays among its arguments, which were made by `empty` or `host`. One caller at a time.
 
-Shape letters: T tokens of a batch, D hidden, K experts per token, E experts, V vocabulary, p layers ahead.
+Shape letters: T tokens of a batch, D hidden size, H width of an expert, K experts per token, E experts per layer,
+V vocabulary, p layers of look-ahead, m rows of a plan (pairs of a token and an expert).
 """
 
 from edgemoe.ops.sizes import kv_bytes, kv_parts, kv_ring, rope_bytes

@@ -1,4 +1,4 @@
-"""Verbs of experts: who is chosen, and what they make of a token."""
+"""Verbs of experts: choosing them, and running them."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ __all__ = ["ExpertVerbs"]
 
 
 class ExpertVerbs(Protocol):
-    """Are a device's; see `Ops`."""
+    """The expert verbs of a device; see `Ops`."""
 
     def route_rule(self, spec: RouterSpec) -> RouteRule:
         """Returns what `route` and `look_ahead` need to know of a model's routers."""
 
     def begin_route(self, x: Array, router: RouterWeights) -> None:
-        """Begins the next `route`, which is for the same: all of it that a device does without the host."""
+        """Starts the part of `route` that does not need the host. The next `route` must have the same x and router."""
 
     def route(
         self,
@@ -35,9 +35,9 @@ class ExpertVerbs(Protocol):
         experts: Ids,
         gates: Array,
     ) -> None:
-        """Writes each token's experts and gates [T, K], best first, and the scores of all, scores [T, E].
+        """Chooses experts for x [T, D]: experts and gates [T, K], best first, and scores [T, E] of all experts.
 
-        The three are the host's, which waits for them.
+        The three results are arrays of the host; the call waits for them.
         """
 
     def slot_scores(
@@ -48,9 +48,12 @@ class ExpertVerbs(Protocol):
         gates: Array,
         scores: Array,
     ) -> None:
-        """scores [T, K, B] = for each of a token's experts [T, K], its own linear layer on x [T, D] and its gate.
+        """scores [T, K, B] = a linear layer on x [T, D] and the gate, which each expert has of its own.
 
-        layers: weight [E, B, D], gate_weight [E, B], bias [E, B]; gates [T, K]. `scores` is the host's.
+        Args:
+            layers: weight [E, B, D], gate_weight [E, B] and bias [E, B] of each expert's linear layer.
+            experts: [T, K], each token's experts, with gates [T, K].
+            scores: an array of the host.
         """
 
     def look_ahead(
@@ -65,17 +68,22 @@ class ExpertVerbs(Protocol):
         experts: Ids,
         gates: Array,
     ) -> None:
-        """Writes what p later layers' routers choose for x [T, D] after their own norms: experts, gates [p, T, K].
+        """Predicts the choices of the next p layers: applies each one's norm and router to this layer's x [T, D].
 
-        normed [p, T, D] and scores [p, T, E] are scratch; experts and gates are the host's.
+        The results are experts and gates [p, T, K], arrays of the host. normed [p, T, D] and scores [p, T, E] are
+        scratch.
         """
 
     def expect(
         self, slots: Any, first: int, experts: NDArray[np.int32], beside: Beside | None
     ) -> None:
-        """Says that experts `first` + experts [K], as the file numbers them, will probably run next: a hint, no more.
+        """Tells that experts `first` + experts [K], as the file numbers them, will probably run next.
 
-        slots: where they lie, as in `Request`; beside: what may run with them.
+        It is only a hint, so that idle threads can prefetch their weights.
+
+        Args:
+            slots: where the experts lie, as in `Request`.
+            beside: the FFN that may run together with them.
         """
 
     def expert_ffn(
@@ -87,7 +95,7 @@ class ExpertVerbs(Protocol):
         group: Sequence[int],
         parts: Array,
     ) -> None:
-        """Runs the experts at positions `group` of a plan that was requested; writes their rows of `parts` [m, D]."""
+        """Runs the experts at positions `group` of a requested plan on x [T, D]; writes their rows of parts [m, D]."""
 
     def run_hits(
         self,
@@ -101,15 +109,19 @@ class ExpertVerbs(Protocol):
         parts: Array,
         out: Array,
     ) -> bool:
-        """Runs what a router chose for x [1, D], as `run_experts` would if it were planned, where none has to come.
+        """Runs the chosen experts on x [1, D] without a plan, if none of them has to be read or copied first.
+
+        The result is that of `run_experts` for a plan of all chosen experts.
 
         Args:
+            slots: where the experts lie, as in `Request`.
             first: the layer's first expert, as the file numbers them.
-            chosen: [1, K], with gates [1, K].
-            levels: [layers * E], what experts run at.
+            chosen: [1, K], the experts that the router chose, with gates [1, K].
+            levels: [layers * E], the level that each expert runs at.
+            parts: scratch [K or more, D].
 
         Returns:
-            Whether it did; else it is to be planned.
+            Whether it ran them; if not, the caller makes a plan.
         """
 
     def run_experts(
@@ -123,28 +135,32 @@ class ExpertVerbs(Protocol):
         out: Array,
         beside: Beside | None,
     ) -> bool:
-        """`expert_ffn` for each group of a request as it arrives, and `combine` to out [T, D].
+        """Runs `expert_ffn` for each group of a request as it arrives, then `combine` to out [T, D].
 
-        Computing one group hides the reads of the next. The request is over then, also where it fails.
+        So the reads of the next group go on while one is computed. The request is closed afterwards, also on an error.
 
         Args:
-            groups: what the store gives of it, for who does not ask the slots themselves.
+            groups: the positions of the plan whose experts have arrived, group by group, from the store. An
+                implementation may ask the cache itself instead.
             parts: scratch [m, D].
-            beside: an FFN on the same x with the same activation.
+            beside: an FFN on the same x with the same activation, such as the layer's shared FFN.
 
         Returns:
-            Whether that was run too; else it is left to `ffn`.
+            Whether `beside` was run too; if not, the caller runs it with `ffn`.
         """
 
     def combine(self, parts: Array, plan: Plan, out: Array) -> None:
-        """out [T, D]: each token's parts times their gates, added in the order of plan.rows."""
+        """out [T, D] = for each token, the sum of its parts times their gates, added in the order of plan.rows."""
 
     def stand_in(
         self, x: Array, maps: tuple[Array, Array, Array], experts: Ids, plan: Plan, out: Array
     ) -> None:
-        """Adds to out [T, D] what maps give of x [T, D] in place of the experts that a plan leaves out.
+        """Adds to out [T, D] the outputs of stand-ins on x [T, D], for the experts that a plan leaves out.
+
+        A stand-in is an affine map of low rank, times the gate of the expert that it replaces.
 
         Args:
-            maps: of the layer, the host's; see `edgemoe.quant.StandIns`.
-            experts: [T, K], what the plan's slots are of. A token's are added in their order in the file.
+            maps: the layer's stand-ins, arrays of the host; see `edgemoe.quant.StandIns`.
+            experts: [T, K], each token's chosen experts, in the order of plan.rows. A token's stand-ins are added in
+                ascending order of the experts' numbers.
         """

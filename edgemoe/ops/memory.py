@@ -1,4 +1,4 @@
-"""Verbs of memory: arrays of a device, and copies between it and the host."""
+"""Verbs of memory: arrays of a device, and copies between device and host."""
 
 from __future__ import annotations
 
@@ -12,19 +12,22 @@ __all__ = ["MemoryVerbs"]
 
 
 class MemoryVerbs(Protocol):
-    """Are a device's; see `Ops`."""
+    """The memory verbs of a device; see `Ops`."""
 
     def empty(self, *shape: int) -> Array:
-        """Returns a new array of the device."""
+        """Returns a new array of the device, uninitialised."""
 
     def download(self, x: Array, out: Array) -> None:
-        """Copies to the host's out; waits."""
+        """Copies x, an array of the device, to out, one of the host, and waits for it."""
 
     def upload(self, x: Array, out: Array) -> None:
-        """Copies from the host's x."""
+        """Copies x, an array of the host, to out, one of the device."""
 
     def settle(self) -> None:
-        """Raises what attention could not store, and no verb since has raised."""
+        """Raises an error of attention that is still pending, such as a key that does not fit its type.
+
+        On a device, such errors come to light only when the host waits for it.
+        """
 
     def host(self, *shape: int, dtype: str) -> NDArray[Any]:
-        """Returns a new array that Python reads after a verb has written it: what routers choose, for schedulers."""
+        """Returns a new array of the host, for results that Python reads, such as what routers choose."""

@@ -1,4 +1,8 @@
-"""Work that operations are told once and repeat: what stands between two choices of the host."""
+"""Notes: work that is recorded once and then repeated in one call, without Python in between.
+
+A token of a reply does the same work as the token before, up to where the host chooses experts. A note records the work
+between two such choices. On a device it is a graph.
+"""
 
 from __future__ import annotations
 
@@ -11,40 +15,43 @@ from edgemoe.specs import AttentionSpec, MlaSpec
 __all__ = ["MOST_NOTED", "CpuNotes", "DeviceNotes", "Notes"]
 
 MOST_NOTED = 512
-"""Pieces of work: what a driver keeps of each is not counted in the budget."""
+"""The most pieces of work to keep. Bounded because the budget does not count what a driver keeps of each."""
 MOST_STEPS = 4096
-"""Of all work on a processor, before another piece is noted: a MiB, which is left to the budget's margin."""
+"""On a CPU, old notes are forgotten before a new one is recorded until all notes have fewer steps than this.
+
+So many steps take about a MiB, which the margin of the budget covers."""
 
 
 class _Noting(Protocol):
-    """Is a workspace."""
+    """A workspace of the native core, as far as recording is concerned."""
 
     def begin_noting(self) -> None:
-        """From now on work is noted instead of run."""
+        """From now on records work instead of running it."""
 
     def end_noting(self) -> int:
-        """Returns the number of what was noted."""
+        """Stops recording, and returns the number of the note."""
 
     def forget(self, noted: int) -> None:
-        """Drops what was noted."""
+        """Drops a note."""
 
 
 class Notes:
-    """Keeps what was noted, by keys. One caller at a time.
+    """The notes of one workspace, by keys. One caller at a time.
 
-    A note has the addresses and sizes of then. What else is another each time lies in memory: the position of the
-    token, and whatever was written there before.
+    A note contains addresses and sizes, which must be the same whenever it is repeated. Whatever differs from token to
+    token is read from memory at those addresses, as is the token's position.
     """
 
     def __init__(self, ws: _Noting) -> None:
         self._ws = ws
         self._made: dict[Hashable, int | None] = {}
-        """Numbers, in the order in which they came; None for what came once, which may never come again."""
+        """Numbers of notes by key, oldest first; None for a key seen once, which may never come again."""
 
     def of(self, key: Hashable, work: Callable[[], None]) -> int | None:
-        """Returns the number of the note of some work; None for what comes for the first time.
+        """Returns the number of the note for a key, or None if the key is new: then the caller runs the work itself.
 
-        It is made the second time, by `work`, which is noted then and does not run.
+        The note is made when a key comes for the second time. `work` is then recorded, and not run: the caller repeats
+        the note.
         """
         if key not in self._made:
             if len(self._made) >= MOST_NOTED:
@@ -66,13 +73,13 @@ class Notes:
         return note
 
     def forget(self) -> None:
-        """Forgets everything, the keys first: Ctrl-C may come at any moment."""
+        """Forgets all notes. The keys go first, as Ctrl-C may come at any moment."""
         made, self._made = self._made, {}
         for note in made.values():
             self._forget(note)
 
     def _is_long(self) -> bool:
-        """Says whether there are too many steps for one more piece."""
+        """Returns whether there are too many steps for one more note."""
         return False
 
     def _forget(self, note: int | None) -> None:
@@ -81,7 +88,7 @@ class Notes:
 
 
 class CpuNotes(Notes):
-    """Is that of a processor."""
+    """The notes of a CPU, whose memory is bounded by `MOST_STEPS`."""
 
     def __init__(self, ws: _core.Workspace) -> None:
         super().__init__(ws)
@@ -92,7 +99,7 @@ class CpuNotes(Notes):
 
 
 class DeviceNotes(Notes):
-    """Is that of a device."""
+    """The notes of a device, which are graphs."""
 
     def __init__(self, ws: _core.DeviceWorkspace) -> None:
         super().__init__(ws)
@@ -100,7 +107,7 @@ class DeviceNotes(Notes):
 
     def place(self, spec: AttentionSpec | MlaSpec, pos: int) -> Hashable | None:
         """See `Ops.place`: attention is the same work while it begins and ends in the same blocks of positions."""
-        if spec.growth:  # which is the host's logarithms
+        if spec.growth:  # the host computes a factor for each position, which a note cannot have
             return None
         if self._pos != pos:
             self._device_ws.place(pos)

@@ -1,4 +1,4 @@
-"""Verbs of recurrent mixers, of one sequence."""
+"""Verbs of recurrent mixers; each call is for the tokens of one sequence."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ __all__ = ["RecurrentVerbs"]
 
 
 class RecurrentVerbs(Protocol):
-    """Are a device's; see `Ops`.
+    """The recurrent verbs of a device; see `Ops`.
 
-    `before` is the state before the tokens, None for all zeros, and `after` becomes that after them; they are not the
-    same.
+    `before` is the state before the tokens, None for all zeros. `after` becomes the state after them. The two must be
+    different arrays.
     """
 
     def short_conv(
@@ -27,9 +27,9 @@ class RecurrentVerbs(Protocol):
         *,
         silu: bool,
     ) -> None:
-        """out [T, C]: a causal convolution over time of each channel, and silu if asked for; out may be x.
+        """out [T, C] = a causal convolution of x [T, C] over time, channel by channel, then SiLU if `silu` is set.
 
-        weight [taps, C], the last tap for the newest token; bias [C]; before and after [taps - 1, C].
+        weight [taps, C], the last tap for the newest token; bias [C]; before and after [taps - 1, C]. out may be x.
         """
 
     def delta_rule(
@@ -42,10 +42,11 @@ class RecurrentVerbs(Protocol):
         after: Array,
         out: Array,
     ) -> None:
-        """out [T, value_heads * value_dim] of the gated delta rule; qkv, decay and beta are changed.
+        """out [T, value_heads * value_dim] = the gated delta rule; qkv, decay and beta are overwritten.
 
-        qkv [T, C]: all q, all k, all v. decay [T, value_heads] or [T, value_heads * key_dim] and beta [T,
-        value_heads]: before softplus and sigmoid. before and after [value_heads, key_dim, value_dim].
+        qkv [T, C]: the queries of all heads, then all keys, then all values. decay [T, value_heads] or
+        [T, value_heads * key_dim], before its activation (see `DeltaRule.rate`). beta [T, value_heads], before sigmoid.
+        before and after [value_heads, key_dim, value_dim].
         """
 
     def mamba2(
@@ -58,17 +59,20 @@ class RecurrentVerbs(Protocol):
         after: Array,
         out: Array,
     ) -> None:
-        """out [T, heads * head_dim] of Mamba-2; step is changed, decay is scratch, both [T, heads].
+        """out [T, heads * head_dim] = the state space layer of Mamba-2.
 
-        xbc [T, heads * head_dim + 2 * groups * state_dim]; step: before softplus. before and after [heads, state_dim,
-        head_dim].
+        xbc [T, heads * head_dim + 2 * groups * state_dim]: the heads' inputs x, then B and C of each group. step
+        [T, heads], before softplus, is overwritten. decay [T, heads] is scratch. before and after
+        [heads, state_dim, head_dim].
         """
 
     def gated_norm(
         self, x: Array, gate: Array, weight: Array, eps: float, groups: int, kind: str
     ) -> None:
-        """x [T, C], in place: RMS norm of each of `groups` parts of a row, beside a gate [T, C].
+        """Norms x [T, C] in place, by the RMS of each of `groups` equal parts of a row, and applies a gate [T, C].
 
-        kind: norm(x) * silu(gate) ("silu"), norm(x) * sigmoid(gate) ("sigmoid"), norm(x * silu(gate)) ("silu_first").
-        weight [C], or [C / groups] for all parts.
+        Args:
+            weight: [C], or [C / groups] for all parts.
+            kind: "silu" for norm(x) * silu(gate), "sigmoid" for norm(x) * sigmoid(gate), "silu_first" for
+                norm(x * silu(gate)).
         """

@@ -1,4 +1,4 @@
-"""Verbs of work that is told once and repeated, also where experts have to be chosen."""
+"""Verbs of work that is recorded once and then repeated, including layers where the device chooses the experts."""
 
 from __future__ import annotations
 
@@ -15,41 +15,45 @@ __all__ = ["RepeatVerbs"]
 
 
 class RepeatVerbs(Protocol):
-    """Are a device's; see `Ops`."""
+    """The verbs of a device for repeating work; see `Ops`, and `edgemoe.ops.notes` for how work is recorded."""
 
     def place(self, spec: AttentionSpec | MlaSpec, pos: int) -> Hashable | None:
-        """Says that a pass of one token is at `pos`, where others may come to be.
+        """Sets the position of a pass of one token. Work that is repeated from now on is for that position.
 
         Returns:
-            What tells apart passes whose attention is not the same work; None where none is repeated.
+            A key that is equal for passes whose attention is the same work; None if it cannot be repeated.
         """
 
     def repeat(self, key: Hashable | None, run: Callable[[], None]) -> None:
-        """Calls `run`, which does the same work whenever the key is the same, or does that work without it.
+        """Does the work of `run`, by calling it or by repeating what was recorded of it.
 
         Args:
-            key: None for work that is never the same.
+            key: equal for calls of `run` that do the same work; None for work that is never the same.
         """
 
     def forget_work(self) -> None:
-        """Says that the same keys mean other work from now on."""
+        """Forgets what was recorded: the same keys mean other work from now on."""
 
     def ahead(
         self, slots: Any, levels: NDArray[np.int8], rule: RouteRule, *, is_start: bool
     ) -> frozenset[int]:
-        """Returns the layers with experts for which `choose` and `run_chosen` may be called, in a pass of one token.
+        """Returns the layers that are "ahead": in a pass of one token they need no plan of the host.
+
+        All experts of such a layer are in memory, so `choose` and `run_chosen` may be called for it. Layers are counted
+        among those with experts.
 
         Args:
-            slots: where experts lie, as in `Request`.
-            levels: [layers * E], what experts run at.
-            is_start: a pass begins. In the middle of one layers may leave, and none come.
+            slots: where the experts lie, as in `Request`.
+            levels: [layers * E], the level that each expert runs at.
+            rule: how routers choose.
+            is_start: whether a pass begins. During a pass layers may drop out, but none are added.
         """
 
     def choose(self, layer: int, x: Array, router: RouterWeights, rule: RouteRule) -> None:
-        """Chooses a layer's experts for x [1, D], as `route` does, where the host does not look.
+        """Chooses a layer's experts for x [1, D] as `route` does, but keeps the choice to itself; see `chosen`.
 
         Args:
-            layer: its place among those with experts.
+            layer: its position among the layers with experts.
         """
 
     def run_chosen(
@@ -61,18 +65,18 @@ class RepeatVerbs(Protocol):
         out: Array,
         beside: Beside | None,
     ) -> bool:
-        """out [1, D] = the gated sum of what the experts that were chosen last for a layer make of x [1, D].
+        """out [1, D] = the gated sum of the outputs on x [1, D] of the experts last chosen for a layer.
 
         Args:
             parts: scratch [K or more, D].
-            beside: what may be run with them.
+            beside: an FFN that may be run together with them.
 
         Returns:
-            Whether it was: always the same.
+            Whether `beside` was run too. It is the same in every call.
         """
 
     counts_chosen: bool
-    """Whether `run_chosen` counts uses where experts lie, as a request does; else who called it is to."""
+    """Whether `run_chosen` counts uses in the cache, as a request does. If not, the caller must count them."""
 
     def chosen(self) -> Ids:
-        """Returns the experts that `choose` chose last for each layer, [layers, K]: the host's; waits."""
+        """Returns the experts that `choose` last chose for each layer, [layers, K], in an array of the host; waits."""

@@ -1,4 +1,4 @@
-"""What keys, values and tables of rotations take, the same on every device, and where they lie."""
+"""The sizes of keys, values and RoPE tables, which are the same on every device, and where positions lie in them."""
 
 from __future__ import annotations
 
@@ -11,22 +11,34 @@ __all__ = ["kv_bytes", "kv_parts", "kv_ring", "rope_bytes"]
 
 
 def kv_bytes(kind: str, num_heads: int, capacity: int, head_dim: int) -> int:
-    """Returns the memory of one layer's keys or values, stored as `kind`; the same on every device."""
+    """Returns the bytes of one layer's keys or values for `capacity` positions, stored as the type `kind`."""
     return _core.KvLayer.bytes(kind, num_heads, capacity, head_dim)
 
 
 def kv_ring(window: int, tokens: int) -> int:
-    """Returns the capacity of a layer that keeps a window only, for passes of at most `tokens`; likewise."""
+    """Returns the capacity of a layer that keeps only a window, a ring, for passes of at most `tokens`.
+
+    It holds what the first token of a pass sees, and all tokens of the pass, in whole blocks of positions.
+    """
     return _core.KvLayer.ring(window, tokens)
 
 
 def kv_parts(
     layer: KvLayer, kinds: tuple[str, ...], heads: int, head_dim: int, capacity: int, length: int
 ) -> tuple[Any, ...]:
-    """Returns where the first positions lie in a layer, a view [heads, bytes] for each of its kinds."""
+    """Returns views of the first `length` positions in a layer's memory, rounded up to whole blocks of 32.
+
+    Args:
+        kinds: the types of keys and values, or that of latents alone.
+        capacity: of the layer, in positions; a view has at most all of them.
+
+    Returns:
+        uint8 [heads, bytes] for each of `kinds`.
+    """
 
     def of_head(kind: str, positions: int) -> int:
-        return kv_bytes(kind, 64, positions, head_dim) // 64  # what is rounded is all of them
+        # `kv_bytes` rounds the sum over all heads up to a cache line of 64 bytes: with 64 heads it rounds nothing.
+        return kv_bytes(kind, 64, positions, head_dim) // 64
 
     views, at, blocks = [], 0, -(-length // 32) * 32
     for kind in kinds:
@@ -38,5 +50,5 @@ def kv_parts(
 
 
 def rope_bytes(rope_dim: int, kept: int) -> int:
-    """Returns the memory of a `RopeTable` that keeps so many positions once all were seen; the same on every device."""
+    """Returns the bytes of a `RopeTable` that keeps the rotations of `kept` positions, once all have been used."""
     return _core.Rope.bytes(rope_dim // 2, kept)

@@ -1,4 +1,4 @@
-"""Verbs made of others, for operations that gain nothing by doing them in one call."""
+"""Combined verbs written as sequences of simpler ones, for implementations that gain nothing from a single call."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def attend_in_steps(
     ops: Any, weights: Any, x: Any, matrices: AttentionMatrices, rows: tuple[Any, Any, Any], pos: int,
     cos: Any, sin: Any, table: Any, kv: Any, heads: Any, out: Any,
 ) -> None:  # fmt: skip
-    """Is `Ops.attend` made of other verbs: the method of operations that gain nothing by one call."""
+    """`Ops.attend` as a sequence of other verbs. Implementations use it as their method."""
     ops.linear(x, matrices.qkv, rows)
     ops.attention(weights, *rows, pos, cos, sin, table, kv, heads)
     ops.linear(heads, (matrices.out,), (out,))
@@ -26,7 +26,7 @@ def attend_latents_in_steps(
     ops: Any, weights: Any, x: Any, matrices: LatentMatrices, eps: float, rows: Sequence[Any], pos: int,
     cos: Any, sin: Any, kv: Any, out: Any,
 ) -> None:  # fmt: skip
-    """Is `Ops.attend_latents` made of other verbs; likewise."""
+    """`Ops.attend_latents` as a sequence of other verbs."""
     q_a, q, absorbed, keys, latents, values = rows
     absorb_queries(ops, x, matrices, eps, (q_a, q, absorbed, keys))
     ops.latent_attention(weights, q, absorbed, keys, pos, cos, sin, kv, latents)
@@ -37,7 +37,7 @@ def attend_latents_in_steps(
 def absorb_queries(
     ops: Any, x: Any, matrices: LatentMatrices, eps: float, rows: Sequence[Any]
 ) -> None:
-    """Is what comes before latent attention: the first four rows of `Ops.attend_latents`."""
+    """Computes what comes before latent attention: the first four `rows` of `Ops.attend_latents`."""
     q_a, q, absorbed, keys = rows
     if matrices.q_b is None:
         ops.linear(x, (matrices.kv_a, matrices.q_a), (keys, q))
@@ -52,7 +52,7 @@ def run_experts_in_steps(
     ops: Any, x: Any, layer: ExpertLayer, request: Request, groups: Iterator[list[int]], plan: Plan,
     parts: Any, out: Any, beside: Beside | None,
 ) -> bool:  # fmt: skip
-    """Is `Ops.run_experts` made of other verbs; likewise."""
+    """`Ops.run_experts` as a sequence of other verbs."""
     for group in groups:
         ops.expert_ffn(x, layer, request, plan, group, parts)
     ops.combine(parts, plan, out)

@@ -1,4 +1,4 @@
-"""Operations that show what flows into every matrix, for calibration. Results are those of `CpuOps`."""
+"""CPU operations that show the inputs of every matrix to an observer, for calibration; results are unchanged."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ __all__ = ["Tap", "TapOps"]
 
 
 class Tap(Protocol):
-    """Is shown activations. All arrays are valid for the call alone."""
+    """An observer of activations. All arrays are valid only during the call."""
 
     def begin(self, first: int) -> None:
-        """Tokens come, of which the first is number `first` of all."""
+        """A batch begins; its first token is number `first` of all tokens."""
 
     def dense(self, name: str, x: Array) -> None:
-        """The matrix `name` is applied to x [T, cols]; shown once where matrices share their input."""
+        """The matrix `name` was applied to x [T, cols]. Matrices that share their input are reported once."""
 
     def experts(
         self,
@@ -43,30 +43,30 @@ class Tap(Protocol):
         parts: Array,
         at_level: Callable[[int], Array],
     ) -> None:
-        """Experts at positions `group` of a plan were run.
+        """The experts at positions `group` of a plan were run.
 
         Args:
             x: [T, D], inputs of w_gate and w_up.
-            hidden: [m, H], inputs of w_down by row of the plan; rows of other positions are not defined.
-            parts: [m, D], outputs; likewise.
-            at_level: runs the group again at fewer rungs and returns its parts; scratch, until the next call.
+            hidden: [m, H], inputs of w_down by row of the plan; rows of other positions are undefined.
+            parts: [m, D], outputs by row of the plan; likewise.
+            at_level: runs the group again at a lower level and returns its parts; scratch, valid until the next call.
         """
 
 
 class TapOps(CpuOps):
-    """Shows a `Tap` what it computes with."""
+    """CPU operations that report activations to a `Tap`."""
 
     repeats = False
 
     tap: Tap
-    """Who is shown it; may be replaced."""
+    """The observer; may be replaced."""
 
     def __init__(
         self, shape: OpsShape, names: Mapping[int, str], *, max_parts: int, hidden: int
     ) -> None:
         """Args:
-        names: of the dense matrices, by `id`.
-        max_parts: most rows of parts of a layer.
+        names: of the dense matrices, by the `id` of each.
+        max_parts: the most rows of parts in a layer.
         hidden: H, the width of routed experts.
         """
         super().__init__(shape)
@@ -80,10 +80,11 @@ class TapOps(CpuOps):
         super().linear(x, weights, outs)
         self.tap.dense(self._names[id(weights[0])], x)
 
-    attend, attend_latents = attend_in_steps, attend_latents_in_steps  # which the tap sees
+    # In steps, so that the tap sees each matrix.
+    attend, attend_latents = attend_in_steps, attend_latents_in_steps
 
     def linear_heads(self, x: Array, weight: Matrix, heads: int, out: Array) -> None:
-        """See `CpuOps.linear_heads`; the tap sees a row for each head."""
+        """See `CpuOps.linear_heads`; the tap sees one row for each token and head."""
         super().linear_heads(x, weight, heads, out)
         rows = x.reshape(len(x) * heads, -1)[:, : weight.cols]
         self.tap.dense(self._names[id(weight)], rows)

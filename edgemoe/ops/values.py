@@ -1,4 +1,4 @@
-"""What verbs are told besides arrays: weights, rules, and how large all gets."""
+"""The other arguments of verbs: weights, rules, and the sizes that scratch is made for."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ __all__ = [
 Array = NDArray[np.float32]
 """Activations and small weights."""
 Basis = NDArray[np.int8]
-"""V of corrections, rows in 8 bits."""
+"""The matrix V of low-rank corrections, its rows in 8 bits."""
 Ids = NDArray[np.int32]
+"""Token ids, or numbers of experts."""
 Matrix = _core.Nested
-"""A resident matrix [rows, cols] as the file has it."""
+"""A resident matrix [rows, cols] in the file's quantised form."""
 RowTable = _core.Nested | _core.StoredRows
-"""What rows are looked up in: a matrix that is resident, or is so in part."""
+"""A table to look up rows in: a resident matrix, or one of which some or all rungs stay in the file."""
 RouteRule = _core.RouteRule
 """How a router's logits become a choice."""
 AttentionWeights = _core.AttentionLayer
@@ -34,26 +35,28 @@ AttentionWeights = _core.AttentionLayer
 LatentWeights = _core.LatentLayer
 """The norm of one layer's latents, and how it computes."""
 RopeTable = _core.Rope
-"""Frequencies that turn queries and keys by their positions."""
+"""The RoPE frequencies by which queries and keys are rotated."""
 KvLayer = _core.KvLayer
-"""Keys and values of one layer and sequence."""
+"""The keys and values of one layer and sequence."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeltaRule:
-    """What one layer's delta rule has besides its matrices."""
+    """The parameters of one layer's delta rule besides its matrices."""
 
     key_heads: int
     rate: Array
-    """[value_heads]: a step's decay is exp(-rate * softplus(x + bias)), or exp(-5 * sigmoid(rate * (x + bias)))."""
+    """[value_heads]: a step's decay is exp(-rate * softplus(x + bias)), or, if `bounded`,
+    exp(-5 * sigmoid(rate * (x + bias)))."""
     bias: Array
-    """[value_heads] or [value_heads * key_dim], as the decays are."""
+    """[value_heads], or [value_heads * key_dim] where each channel of the keys has a decay of its own."""
     bounded: bool
+    """Which of the two formulas gives the decay."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MambaRule:
-    """What one layer's Mamba-2 has besides its matrices; all [heads]."""
+    """The parameters of one layer's Mamba-2 besides its matrices; all arrays are [heads]."""
 
     groups: int
     rate: Array
@@ -61,7 +64,7 @@ class MambaRule:
     step_bias: Array
     """A step is softplus(x + bias)."""
     skip: Array
-    """How much of its input passes by the state."""
+    """The factor of the input that is added to the output directly, past the state (D in the paper)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,42 +72,42 @@ class RouterWeights:
     """One layer's router."""
 
     norm: Array
-    """[D], of the residual before it."""
+    """[D], the weight of the norm before the router."""
     weight: Array
     """[E, D]"""
     bias: Array | None
-    """[E], of the logits."""
+    """[E], added to the logits."""
     choice_bias: Array | None
-    """[E], of the scores, for choosing alone."""
+    """[E], added to the scores for choosing experts, but not for gates."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertLayer:
-    """What the experts of one layer have beside their matrices."""
+    """What the experts of one layer have besides their matrices."""
 
     activation: Activation
     biases: tuple[Array, Array, Array] | None = None
-    """Of all experts' gates [E, H], ups [E, H] and downs [E, D]."""
+    """Of all experts: for gate [E, H], up [E, H] and down [E, D]."""
     basis: Basis | None = None
-    """[rank, D padded to 64]: V of all experts' gates and ups, where these have corrections."""
+    """[rank, D padded to 64]: V of the low-rank corrections of gate and up, which all experts of the layer share."""
 
 
 class AttentionMatrices(NamedTuple):
-    """Are a layer's projections."""
+    """The projections of an attention layer."""
 
     qkv: tuple[Matrix, Matrix, Matrix]
     out: Matrix
 
 
 class LatentMatrices(NamedTuple):
-    """Are a layer's projections with latent attention."""
+    """The projections of a layer with latent attention."""
 
     heads: int
     kv_a: Matrix
     q_a: Matrix
-    """Gives queries, where there is no q_b."""
+    """Projects to the low-rank queries, or, if there is no q_b, directly to the queries."""
     q_norm: Array | None
-    """[q_rank], of what q_a gives, where there is a q_b."""
+    """[q_rank], the weight of the norm between q_a and q_b; None if there is no q_b."""
     q_b: Matrix | None
     k_b: Matrix
     v_b: Matrix
@@ -112,7 +115,7 @@ class LatentMatrices(NamedTuple):
 
 
 class Beside(NamedTuple):
-    """Is an FFN that every token takes, beside a layer's experts."""
+    """The FFN that every token takes beside a layer's experts (the shared FFN)."""
 
     matrices: tuple[Matrix | None, Matrix, Matrix]
     """Gate, up and down."""
@@ -122,24 +125,25 @@ class Beside(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpsShape:
-    """Says how large an engine's operations get."""
+    """The sizes that the operations of an engine must handle; their scratch is made for these."""
 
     threads: int
     max_tokens: int
-    """Of a batch."""
+    """The most tokens of a batch."""
     max_cols: int
-    """The widest input of a matrix."""
+    """Columns of the widest input of a matrix."""
     max_hidden: int
-    """The widest FFN."""
+    """The width of the widest FFN."""
     max_context: int
-    """Positions that attention sees."""
+    """The most positions that attention sees."""
     head_dim: int
+    """The columns of the widest query head."""
     num_heads: int
-    """Of queries."""
+    """The most query heads of a layer."""
 
     @classmethod
     def of(cls, config: ModelConfig, threads: int) -> OpsShape:
-        """Returns what a model needs for one token of one position; batches and contexts are made of it."""
+        """Returns the sizes of a model for a single token at a single position; callers replace those two."""
         d = config.hidden_size
         heads, widths = zip(*(m.heads for m in config.mixers), strict=True)
         return cls(

@@ -18,10 +18,12 @@ __all__ = ["Ops"]
 class Ops(
     MemoryVerbs, RowVerbs, AttentionVerbs, RecurrentVerbs, ExpertVerbs, RepeatVerbs, Protocol
 ):
-    """Is one device."""
+    """All verbs of one device: a CPU (`CpuOps`) or an accelerator (`CudaOps`)."""
 
     def beside(self, spec: MixerSpec, keys: str, values: str) -> Ops | None:
-        """Returns what runs a mixer that these operations know too little of, on the host; None where they run it.
+        """Returns operations of the host for a mixer that this device has no kernels for; None if it runs the mixer.
 
-        keys and values: the kinds that its cache stores them as.
+        Args:
+            keys: the type in which the cache stores keys.
+            values: the same for values.
         """
