@@ -11,4 +11,4 @@ __all__ = ["CpuOps"]
 
 
 class CpuOps(CpuRows, CpuAttention, CpuRecurrent, CpuRepeats):
-    """Runs operations on some threads with scratch of its own. One caller at a time. See `Ops` for the verbs."""
+    """The operations of a CPU, with their own threads and scratch. One caller at a time. See `Ops` for the verbs."""

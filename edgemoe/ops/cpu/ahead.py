@@ -1,4 +1,4 @@
-"""Layers that the core runs without Python between them, as all of their experts are there. See `edgemoe.ops.cpu`."""
+"""Layers that run without Python in between, as all of their experts are in memory. See `Ops.ahead`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["Ahead"]
 
 
 class Ahead:
-    """Says which layers these are, and holds what is chosen for one token. One caller at a time."""
+    """The layers that are ahead, and the experts chosen in them for one token. One caller at a time."""
 
     def __init__(self) -> None:
         self._wish: tuple[Any, Any, Any] = (None, None, None)
@@ -23,27 +23,28 @@ class Ahead:
         self.scores = np.empty((1, 0), np.float32)
         """[1, E], scratch."""
         self.experts = np.empty((0, 0), np.int32)
-        """[layers, K], of each layer what was chosen last, with its gates."""
+        """[layers, K], the experts last chosen in each layer."""
         self.gates = np.empty((0, 0), np.float32)
+        """[layers, K], their gates."""
 
     @property
     def slots(self) -> _core.Cache:
-        """Where experts lie."""
+        """The cache that holds the experts."""
         slots: _core.Cache = self._wish[0]
         return slots
 
     @property
     def levels(self) -> NDArray[np.int8]:
-        """[layers * E], what they run at."""
+        """[layers * E], the level that each expert runs at."""
         levels: NDArray[np.int8] = self._wish[1]
         return levels
 
     def is_other(self, slots: _core.Cache, levels: NDArray[np.int8], rule: _core.RouteRule) -> bool:
-        """Returns whether layers are asked for with something else than was taken, so that work is not the same."""
+        """Returns whether these differ from what `take` was given; recorded work is then no longer valid."""
         return any(map(operator.is_not, (slots, levels, rule), self._wish))
 
     def take(self, slots: _core.Cache, levels: NDArray[np.int8], rule: _core.RouteRule) -> None:
-        """Takes what layers are asked for with."""
+        """Takes the arguments of `Ops.ahead`, and allocates the arrays for choices."""
         layers = len(levels) // rule.num_experts
         self._residency = slots.residency
         self._all = frozenset(range(layers))

@@ -1,4 +1,4 @@
-"""Verbs of attention on a processor; see `edgemoe.ops.attention`."""
+"""Verbs of attention on a CPU; see `edgemoe.ops.attention`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = ["CpuAttention"]
 
 
 class CpuAttention(CpuMemory):
-    """Are a processor's; see `CpuOps`."""
+    """The attention verbs of a CPU; see `CpuOps`."""
 
     def kv_layer(
         self, spec: AttentionSpec, keys: str, values: str, capacity: int, *, resident: bool = False

@@ -1,4 +1,4 @@
-"""Verbs of experts on a processor; see `edgemoe.ops.experts`."""
+"""Verbs of experts on a CPU; see `edgemoe.ops.experts`."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from edgemoe.store.request import Request
 
 __all__ = ["CpuExperts"]
 
-_FEW_TOKENS = 4
+_FEW_TOKENS = 4  # up to which each group of experts computes its corrections' projections itself
 
 
 class CpuExperts(CpuMemory):
-    """Are a processor's; see `CpuOps`."""
+    """The expert verbs of a CPU; see `CpuOps`."""
 
     def route_rule(self, spec: RouterSpec) -> RouteRule:
         """See `Ops.route_rule`."""
@@ -33,7 +33,7 @@ class CpuExperts(CpuMemory):
         )  # fmt: skip
 
     def begin_route(self, x: Array, router: RouterWeights) -> None:
-        """See `Ops.begin_route`: there is nothing that the host could do meanwhile."""
+        """See `Ops.begin_route`; does nothing, as `route` runs on the host."""
 
     def route(
         self,
@@ -67,7 +67,7 @@ class CpuExperts(CpuMemory):
         experts: Ids,
         gates: Array,
     ) -> None:
-        """Is the second half of `Ops.route`: scores [T, E] are the products with the router's weight."""
+        """Does the second half of `Ops.route`: scores [T, E] hold the products with the router's weight on entry."""
         _core.choose(self._ws, bias, choice_bias, rule, scores, experts, gates)
 
     def slot_scores(
@@ -103,7 +103,7 @@ class CpuExperts(CpuMemory):
     def expect(
         self, slots: _core.Cache, first: int, experts: NDArray[np.int32], beside: Beside | None
     ) -> None:
-        """See `Ops.expect`: threads read the first of them while others decide."""
+        """See `Ops.expect`: waiting threads prefetch the first weights while the scheduler decides."""
         width = 0 if beside is None else beside.matrices[1].rows
         _core.expect_experts(self._ws, slots, first, experts, width)
 
@@ -118,7 +118,7 @@ class CpuExperts(CpuMemory):
         *,
         hidden: Array | None = None,
     ) -> None:
-        """See `Ops.expert_ffn`; rows of hidden [m, H], if given, get what each w_down is applied to."""
+        """See `Ops.expert_ffn`; hidden [m, H], if given, gets the inputs of each w_down."""
         self._project(x, layer, request)
         _core.expert_ffn(
             self._ws, x, request.slots, request.experts, request.levels, plan.offsets, plan.tokens,
@@ -126,7 +126,10 @@ class CpuExperts(CpuMemory):
         )  # fmt: skip
 
     def _project(self, x: Array, layer: ExpertLayer, request: Request) -> None:
-        """Does what the corrections of all groups need: of many tokens at once; of few, each group on its way."""
+        """Projects x [T, D] onto the layer's basis, for the corrections of all groups at once.
+
+        With few tokens it does nothing: each group then computes the projection itself.
+        """
         if layer.basis is not None and request.projected is None and len(x) > _FEW_TOKENS:
             request.projected = np.empty((len(x), MOST_RANK), np.float32)
             _core.project(self._ws, x, layer.basis, request.projected)
@@ -143,7 +146,7 @@ class CpuExperts(CpuMemory):
         parts: Array,
         out: Array,
     ) -> bool:
-        """See `Ops.run_hits`: plans cost a processor little of its time."""
+        """See `Ops.run_hits`; never runs anything, as the cost of a plan is small beside the CPU's computing."""
         return False
 
     def run_experts(
@@ -157,7 +160,7 @@ class CpuExperts(CpuMemory):
         out: Array,
         beside: Beside | None,
     ) -> bool:
-        """See `Ops.run_experts`: asks the slots itself."""
+        """See `Ops.run_experts`; the core asks the cache for groups itself, instead of `groups`."""
         self._project(x, layer, request)
         matrices, to = (None, None) if beside is None else beside
         _core.run_experts(
@@ -186,8 +189,7 @@ class CpuExperts(CpuMemory):
             inner += bias[e]
             inner *= gates[at, None]
             added = inner[:, :1] * down[e, 0]
-            for i in range(
-                1, len(bias[e])
-            ):  # one after the other, so that the order is the same everywhere
+            # One after the other, so that the order of additions is the same everywhere.
+            for i in range(1, len(bias[e])):
                 added += inner[:, i : i + 1] * down[e, i]
             out[rows] += added

@@ -1,4 +1,4 @@
-"""A processor's arrays, numpy's, and the scratch of its verbs."""
+"""The CPU's arrays, which are numpy's, and the scratch of its verbs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["CpuMemory"]
 
 
 class CpuMemory:
-    """Is what the parts of `CpuOps` share. See `Ops` for the verbs."""
+    """The common base of the parts of `CpuOps`. See `Ops` for the verbs."""
 
     def __init__(self, shape: OpsShape) -> None:
         self._ws = _core.Workspace(*astuple(shape))
@@ -27,7 +27,7 @@ class CpuMemory:
 
     @staticmethod
     def scratch_bytes(shape: OpsShape) -> int:
-        """Returns the memory of the operations' own scratch."""
+        """Returns the bytes of the operations' own scratch."""
         return _core.Workspace.bytes(*astuple(shape))
 
     def empty(self, *shape: int) -> Array:
@@ -35,7 +35,7 @@ class CpuMemory:
         return np.empty(shape, np.float32)
 
     def beside(self, spec: MixerSpec, keys: str, values: str) -> None:
-        """See `Ops.beside`."""
+        """See `Ops.beside`: a CPU runs every mixer."""
 
     def download(self, x: Array, out: Array) -> None:
         """See `Ops.download`."""
@@ -46,7 +46,7 @@ class CpuMemory:
         out[...] = x
 
     def settle(self) -> None:
-        """See `Ops.settle`: nothing is left for later."""
+        """See `Ops.settle`: errors are never pending, as every verb finishes its work."""
 
     def host(self, *shape: int, dtype: str) -> NDArray[Any]:
         """See `Ops.host`."""

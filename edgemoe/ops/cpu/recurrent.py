@@ -1,4 +1,4 @@
-"""Verbs of recurrent mixers on a processor; see `edgemoe.ops.recurrent`."""
+"""Verbs of recurrent mixers on a CPU; see `edgemoe.ops.recurrent`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["CpuRecurrent"]
 
 
 class CpuRecurrent(CpuMemory):
-    """Are a processor's; see `CpuOps`."""
+    """The recurrent verbs of a CPU; see `CpuOps`."""
 
     def short_conv(
         self,

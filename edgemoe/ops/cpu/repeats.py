@@ -1,4 +1,4 @@
-"""Work of a processor that is noted and repeated without Python; see `edgemoe.ops.repeats`."""
+"""Work on a CPU that is recorded and repeated without Python in between; see `edgemoe.ops.repeats`."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ __all__ = ["CpuRepeats"]
 
 
 class CpuRepeats(CpuExperts):
-    """Are a processor's; see `CpuOps`."""
+    """The verbs of a CPU for repeating work; see `CpuOps`."""
 
     repeats = True
-    """Work is noted and repeated without Python; without that what comes is the same, later."""
+    """Whether work is recorded and repeated. Results are the same without, and come later."""
     runs_ahead = True
-    """Layers of which all experts are there are part of that; likewise."""
+    """Whether layers whose experts are all in memory are part of repeated work. Results are the same without."""
     counts_chosen = True
 
     def place(self, spec: AttentionSpec | MlaSpec, pos: int) -> Hashable | None:
-        """See `Ops.place`: attention is the same work wherever it is."""
+        """See `Ops.place`: attention is the same work at every position."""
         if not self.repeats:
             return None
         self._ws.place(pos)
@@ -46,7 +46,7 @@ class CpuRepeats(CpuExperts):
     def ahead(
         self, slots: Any, levels: NDArray[np.int8], rule: RouteRule, *, is_start: bool
     ) -> frozenset[int]:
-        """See `Ops.ahead`: layers of which all experts are there."""
+        """See `Ops.ahead`."""
         if not (self.repeats and self.runs_ahead):
             return frozenset()
         if self._ahead.is_other(slots, levels, rule):

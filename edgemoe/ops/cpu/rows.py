@@ -1,4 +1,4 @@
-"""Verbs of rows on a processor; see `edgemoe.ops.rows`."""
+"""Verbs of rows on a CPU; see `edgemoe.ops.rows`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["CpuRows"]
 
 
 class CpuRows(CpuMemory):
-    """Are a processor's; see `CpuOps`."""
+    """The row verbs of a CPU; see `CpuOps`."""
 
     def embed(self, table: RowTable, ids: Ids, scale: float, out: Array) -> None:
         """See `Ops.embed`."""
@@ -49,7 +49,7 @@ class CpuRows(CpuMemory):
         activation: Activation,
         hidden: Array | None = None,
     ) -> None:
-        """See `Ops.ffn`; hidden [T, H], if given, gets what down is applied to."""
+        """See `Ops.ffn`; hidden [T, H], if given, gets the input of down."""
         _core.ffn(self._ws, x, gate, up, down, out, hidden, activation)
 
     def add(

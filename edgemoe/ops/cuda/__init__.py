@@ -1,8 +1,8 @@
-"""The verbs of the forward pass on a device: kernels on a queue, and the CPU's bits.
+"""The verbs of the forward pass on a GPU ("the device"): kernels on a queue, with the same bits as on the CPU.
 
-Weights outside the experts, keys and values and activations lie in the device's memory. The host has what schedulers
-look at, the embedding, of which a token needs one row, and the experts that are not in the device's memory: it computes
-them itself. See `Ops` for the verbs.
+Dense weights, keys and values, and activations lie in the device's memory. The host's memory has what schedulers look
+at, the embedding, of which a token needs one row, and the experts that are not on the device: the CPU computes those
+itself. See `Ops` for the verbs.
 """
 
 from __future__ import annotations
@@ -16,4 +16,4 @@ __all__ = ["CudaOps"]
 
 
 class CudaOps(CudaRows, CudaAttention, CudaRecurrent, CudaRepeats):
-    """Runs operations on a device, and experts that are not there on the host. One caller at a time."""
+    """The operations of a device; experts that are not in its memory run on the host. One caller at a time."""

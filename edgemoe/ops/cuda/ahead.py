@@ -1,4 +1,4 @@
-"""Layers that run without the host: the device has all of their experts, and chooses. See `edgemoe.ops.cuda`."""
+"""Layers that run without the host, as the device has all of their experts and chooses itself. See `Ops.ahead`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _NONE: frozenset[int] = frozenset()
 
 
 class Ahead:
-    """Chooses experts of one token, layer by layer, and notes which. One caller at a time."""
+    """The layers that are ahead on a device, and the experts it chooses in them for one token. One caller at a time."""
 
     def __init__(
         self, device: _core.Device, ws: _core.DeviceWorkspace, config: ModelConfig
@@ -29,27 +29,27 @@ class Ahead:
         self.change(config.experts_per_token)
         self._tables: list[_core.DeviceTable] = []
         self._wish: tuple[Any, Any] = (None, None)
-        self._where: Any = None  # experts were when a pass asked last
+        self._where: Any = None  # where experts were when a pass last asked
         self._is_known = False
         self._layers = _NONE
 
     @staticmethod
     def bytes(config: ModelConfig) -> int:
-        """Returns what it takes of a device."""
+        """Returns the bytes that it takes of a device's memory."""
         layers, k = len(config.moe_layers), config.experts_per_token
         tables = layers * _core.DeviceTable.bytes(config.num_experts)
         return 2 * _core.Device.taken(4 * layers * k) + tables
 
     def change(self, k: int) -> None:
-        """Chooses so many of each layer from now on, at most as many as at first."""
+        """From now on chooses `k` experts in each layer; at most as many as at first, for which memory was counted."""
         shape = self._num_layers, k
         self._experts, self._gates = (_core.DeviceArray(self._device, shape) for _ in range(2))
-        self._here = np.empty(shape, np.float32)  # int32 that are moved as floats are
+        self._here = np.empty(shape, np.float32)  # int32, copied as if they were float32
 
     def layers(
         self, cache: _core.Cache, levels: NDArray[np.int8], rule: _core.RouteRule, is_start: bool
     ) -> frozenset[int]:
-        """See `Ops.ahead`: none while experts move, as a table of where they lie is much to fill for one token."""
+        """See `Ops.ahead`. Returns none while experts move, as filling tables of where they lie takes too long."""
         wish, where = (levels, rule), (cache.progress[0], cache.residency.tobytes())
         if where != self._where or any(map(operator.is_not, wish, self._wish)):
             self._wish, self._where = wish, where
@@ -61,7 +61,7 @@ class Ahead:
         return self._layers
 
     def _fill(self, cache: _core.Cache, levels: NDArray[np.int8]) -> frozenset[int]:
-        """Fills the tables of layers of which all experts are there, and returns these layers."""
+        """Fills the tables of the layers whose experts are all on the device, and returns those layers."""
         if not self._tables:
             self._tables = [_core.DeviceTable(self._device, cache) for _ in range(self._num_layers)]
         is_there = (cache.residency >= levels).reshape(self._num_layers, -1)
@@ -73,7 +73,7 @@ class Ahead:
     def choose(
         self, layer: int, logits: _core.DeviceArray, router: RouterWeights, rule: _core.RouteRule
     ) -> None:
-        """Chooses by logits [1, E]; see `Ops.choose`."""
+        """Chooses experts by logits [1, E]; see `Ops.choose`."""
         bias, choice_bias = (
             None if b is None else cast(Any, b).device for b in (router.bias, router.choice_bias)
         )
@@ -89,7 +89,7 @@ class Ahead:
         """See `Ops.run_chosen`.
 
         Args:
-            biases: of the experts; empty for none.
+            biases: those of the experts; empty for none.
         """
         at = slice(layer, layer + 1)
         _core.device_chosen_ffn(

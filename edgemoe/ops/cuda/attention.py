@@ -16,12 +16,12 @@ __all__ = ["CudaAttention"]
 
 
 class CudaAttention(CudaMemory):
-    """Are a device's; see `CudaOps`."""
+    """The attention verbs of a device; see `CudaOps`."""
 
     def kv_layer(
         self, spec: AttentionSpec, keys: str, values: str, capacity: int, *, resident: bool = True
     ) -> _core.DeviceKvLayer:
-        """See `Ops.kv_layer`; memory of a device is taken at once."""
+        """See `Ops.kv_layer`; memory of a device is allocated in full from the start."""
         return _core.DeviceKvLayer(
             device=self._device, key_type=keys, value_type=values, num_heads=spec.num_kv_heads,
             capacity=capacity, head_dim=spec.head_dim,
@@ -76,19 +76,19 @@ class CudaAttention(CudaMemory):
         kv: _core.DeviceKvLayer,
         out: Array,
     ) -> None:
-        """See `Ops.attention`; what it raises is raised by the next verb that waits."""
+        """See `Ops.attention`; its errors are raised by the next verb that waits."""
         if cos is None or sin is None:
             cos = sin = self._unturned[: len(q)]
         _core.device_attention(self._ws, weights, q, k, v, pos, cos, sin, kv, out)
 
-    attend = attend_in_steps  # a queue waits for nobody
+    attend = attend_in_steps  # calls only queue kernels, so that several cost no waiting
 
     def gate_heads(self, x: Array, gate: Array, kind: str) -> None:
         """See `Ops.gate_heads`."""
         _core.device_gate_attention(self._ws, x, gate, kind)
 
     def latents(self, spec: MlaSpec, kind: str, capacity: int) -> _core.DeviceKvLayer:
-        """See `Ops.latents`; memory of a device is taken at once."""
+        """See `Ops.latents`; memory of a device is allocated in full from the start."""
         return _core.DeviceKvLayer.latents(
             device=self._device, type=kind, capacity=capacity, head_dim=spec.key_dim,
             value_dim=spec.latent_dim,
@@ -117,7 +117,7 @@ class CudaAttention(CudaMemory):
         kv: _core.DeviceKvLayer,
         out: Array,
     ) -> None:
-        """See `Ops.latent_attention`; what it raises is raised by the next verb that waits."""
+        """See `Ops.latent_attention`; its errors are raised by the next verb that waits."""
         _core.device_latent_attention(self._ws, weights, q, absorbed, keys, pos, cos, sin, kv, out)
 
-    attend_latents = attend_latents_in_steps  # a queue waits for nobody
+    attend_latents = attend_latents_in_steps  # as `attend`

@@ -1,4 +1,4 @@
-"""Verbs of experts on a device, and on the host those that are not there; see `edgemoe.ops.experts`."""
+"""Verbs of experts on a device; experts that are not in its memory run on the host. See `edgemoe.ops.experts`."""
 
 from __future__ import annotations
 
@@ -21,11 +21,13 @@ from edgemoe.store.tiers import Tiers
 
 __all__ = ["CudaExperts"]
 
-_FEW_TOKENS = 4  # whose activations are copied to the host with their routing, as it probably computes experts
+# With up to so many tokens, activations are copied to the host together with the logits of the router: the host will
+# probably compute some of the experts.
+_FEW_TOKENS = 4
 
 
 class CudaExperts(CudaMemory):
-    """Are a device's; see `CudaOps`."""
+    """The expert verbs of a device; see `CudaOps`."""
 
     def route_rule(self, spec: RouterSpec) -> _core.RouteRule:
         """See `Ops.route_rule`."""
@@ -34,7 +36,10 @@ class CudaExperts(CudaMemory):
         return self._cpu.route_rule(spec)
 
     def begin_route(self, x: Array, router: RouterWeights) -> None:
-        """See `Ops.begin_route`: logits are the device's, and on their way to the host with a few tokens' rows."""
+        """See `Ops.begin_route`: computes the logits on the device and starts to send them to the host.
+
+        With few tokens, x is sent too.
+        """
         logits = self._scores[: len(x)]
         _core.device_matmul(self._ws, x, cast(Any, router.weight), logits)
         there = [logits, x] if len(x) <= _FEW_TOKENS else [logits]
@@ -50,7 +55,7 @@ class CudaExperts(CudaMemory):
         experts: Ids,
         gates: HostArray,
     ) -> None:
-        """See `Ops.route`: the choice is the host's, which plans by it."""
+        """See `Ops.route`; the host makes the choice from the logits, as its scheduler plans with it."""
         is_few = len(x) <= _FEW_TOKENS
         outs = [scores, self._x[: len(x)]] if is_few else [scores]
         if self._is_posted:
@@ -68,7 +73,7 @@ class CudaExperts(CudaMemory):
         gates: HostArray,
         scores: HostArray,
     ) -> None:
-        """See `Ops.slot_scores`: on the host, where its small layers are."""
+        """See `Ops.slot_scores`; computed on the host, where the small layers are."""
         self._cpu.slot_scores(self._copy(x), layers, experts, gates, scores)
 
     def look_ahead(
@@ -94,7 +99,7 @@ class CudaExperts(CudaMemory):
             self._cpu.choose_by(*_biases(router), rule, logits[i], experts[i], gates[i])
 
     def expect(self, slots: Any, first: int, experts: NDArray[np.int32], beside: Any) -> None:
-        """See `Ops.expect`: of no use to a device."""
+        """See `Ops.expect`; does nothing, as the hint is of no use to a device."""
 
     def expert_ffn(
         self,
@@ -105,7 +110,10 @@ class CudaExperts(CudaMemory):
         group: Sequence[int],
         parts: Array,
     ) -> None:
-        """See `Ops.expert_ffn`: a group is all the device's, or all the host's."""
+        """See `Ops.expert_ffn`. The experts of a group are all on the device, or all on the host.
+
+        Some of the host's may still be computed by the device, which they then pass through; see `Tiers.passing`.
+        """
         slots: Any = request.slots
         layer, biases, basis = self._layer(layer)
 
@@ -125,7 +133,7 @@ class CudaExperts(CudaMemory):
                 request.experts, request.levels, plan.offsets, list(group)
             )
             if passing:
-                if group:  # which the processor runs meanwhile: it must not wait for what passes
+                if group:  # the CPU runs these meanwhile: copy x first, so that it need not wait for the others
                     self._copy(x)
                 run_there(slots.host, passing, slots.stream)
             rates, sizes = slots.rates, slots.sizes
@@ -156,7 +164,7 @@ class CudaExperts(CudaMemory):
         parts: Array,
         out: Array,
     ) -> bool:
-        """See `Ops.run_hits`: it has them where no copy is under way."""
+        """See `Ops.run_hits`: runs experts that are all on the device, unless a copy to it is under way."""
         if not self.repeats or not isinstance(slots, Tiers) or not slots.is_settled:
             return False
         _, biases, basis = self._layer(layer)
@@ -182,14 +190,14 @@ class CudaExperts(CudaMemory):
         plan: Plan,
         out: Array,
     ) -> None:
-        """See `Ops.stand_in`: on the host, where its small maps are."""
+        """See `Ops.stand_in`; computed on the host, where the small maps are."""
         sums = np.empty((len(x), maps[0].shape[2]), np.float32)
         _core.device_download(self._ws, [cast(Any, out)], [sums])
         self._cpu.stand_in(self._copy(x), maps, experts, plan, sums)
         out.upload(sums)
 
     def _layer(self, layer: ExpertLayer) -> tuple[ExpertLayer, list[Any], Any]:
-        """Returns what a layer's experts have beside matrices: on the host, and biases and basis on the device."""
+        """Returns what a layer's experts have besides matrices: for the host; and the device's biases and basis."""
         if id(layer) not in self._layers:
             biases, basis = cast(Any, layer.biases), cast(Any, layer.basis)
             host = replace(
@@ -198,12 +206,12 @@ class CudaExperts(CudaMemory):
             )  # fmt: skip
             there = [] if biases is None else [b.device for b in biases]
             own = host, there, None if basis is None else basis.device
-            self._layers[id(layer)] = layer, own  # which keeps its identity from being another's
+            self._layers[id(layer)] = layer, own  # holds the layer, so that no other gets its id
         return self._layers[id(layer)][1]
 
 
 def _biases(router: RouterWeights) -> tuple[HostArray | None, HostArray | None]:
-    """Returns those of a router, the host's."""
+    """Returns the host's copies of a router's bias and choice bias."""
     bias, choice_bias = (
         None if b is None else cast(Any, b).host for b in (router.bias, router.choice_bias)
     )

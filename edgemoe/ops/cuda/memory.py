@@ -1,4 +1,4 @@
-"""A device's arrays, copies from and to it, and the scratch of its verbs."""
+"""A device's arrays, copies to and from it, and the scratch of its verbs."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ __all__ = ["Array", "CudaMemory", "HostArray"]
 Array = _core.DeviceArray
 HostArray = NDArray[np.float32]
 
-_LOGIT_ROWS = 16  # of which logits are made at once
+_LOGIT_ROWS = 16  # rows whose logits are computed at once
 
 
 class CudaMemory:
-    """Is what the parts of `CudaOps` share. See `Ops` for the verbs."""
+    """The common base of the parts of `CudaOps`. See `Ops` for the verbs."""
 
     repeats = True
-    """Work is noted and repeated; without that what comes is the same, later."""
+    """Whether work is recorded and repeated. Results are the same without, and come later."""
     runs_ahead = True
-    """Layers of which it has all experts need no host; likewise."""
+    """Whether layers whose experts are all on the device run without the host. Results are the same without."""
 
     def __init__(
         self,
@@ -44,32 +44,32 @@ class CudaMemory:
         shares: bool = False,
     ) -> None:
         """Args:
-        hosts: the host runs some mixers.
-        corrected: matrices may have corrections.
-        shares: experts in the host's memory are lent to the device, which runs all of them.
+        hosts: whether the host runs some mixers.
+        corrected: whether matrices may have low-rank corrections.
+        shares: whether the device runs all experts straight from the host's memory.
         """
         self._device = device
         self._ws = _core.DeviceWorkspace(device, *_workspace(shape, config, corrected))
         self._x_of: Array | None = None
-        """What the host has a copy of."""
+        """The array that `_x` is a copy of; None if of nothing valid."""
         self._cpu = CpuOps(_host_shape(shape, hosts))
         d, e, k = config.hidden_size, config.num_experts, config.experts_per_token
         self._logits = self.empty(min(shape.max_tokens, _LOGIT_ROWS), config.vocab_size)
         self._scores = self.empty(shape.max_tokens, max(e, 1))
         self._unturned = self.empty(shape.max_tokens, 0)
         self._is_posted = False
-        """Logits are on their way to the host, and the rows that they are of if these are few."""
+        """Whether logits are on their way to the host, with the rows they were computed from if these are few."""
         self._notes = DeviceNotes(self._ws)
         self._ahead = Ahead(device, self._ws, config) if _may_run_ahead(config, corrected) else None
         self._x = np.empty((shape.max_tokens, d), np.float32)
         self._parts = np.empty((shape.max_tokens * max(k, 1), d), np.float32)
         self._shares = shares
         self._layers: dict[int, tuple[ExpertLayer, tuple[ExpertLayer, list[Any], Any]]] = {}
-        """By its identity, a layer, and what its experts have: on the host; biases and basis on the device."""
+        """By the `id` of a layer: the layer, and what `_layer` returns for it."""
 
     @staticmethod
     def scratch_bytes(shape: OpsShape, config: ModelConfig, *, corrected: bool) -> int:
-        """Returns what the operations' own scratch takes of a device."""
+        """Returns the bytes of the operations' own scratch in a device's memory."""
         rows = min(shape.max_tokens, _LOGIT_ROWS)
         floats = (rows * config.vocab_size, shape.max_tokens * max(config.num_experts, 1), 0)
         own = sum(_core.Device.taken(4 * n) for n in floats)
@@ -79,7 +79,7 @@ class CudaMemory:
 
     @staticmethod
     def host_bytes(shape: OpsShape, config: ModelConfig, *, hosts: bool) -> int:
-        """Returns the host's memory of the operations' scratch."""
+        """Returns the bytes of the operations' scratch in the host's memory."""
         rows = shape.max_tokens * (1 + config.experts_per_token)
         return CpuOps.scratch_bytes(_host_shape(shape, hosts)) + 4 * rows * config.hidden_size
 
@@ -109,7 +109,7 @@ class CudaMemory:
         return self._cpu.host(*shape, dtype=dtype)
 
     def _copy(self, x: Array) -> HostArray:
-        """Returns the host's copy of what was routed last."""
+        """Returns a copy of x in the host's memory; x is downloaded unless the host has it already."""
         out = self._x[: len(x)]
         if self._x_of is not x:
             _core.device_download(self._ws, [x], [out])
@@ -118,18 +118,21 @@ class CudaMemory:
 
 
 def _may_run_ahead(config: ModelConfig, corrected: bool) -> bool:
-    """Returns whether the device could choose experts by itself: where these take what the router gives them."""
+    """Returns whether the device could run layers without the host.
+
+    It cannot with corrections, nor where gates multiply the experts' inputs.
+    """
     return bool(config.moe_layers) and not corrected and not config.gate_input
 
 
 def _workspace(s: OpsShape, config: ModelConfig, corrected: bool) -> tuple[Any, ...]:
-    """Returns the last arguments of a `DeviceWorkspace`."""
-    # Wider heads are the host's.
+    """Returns the arguments of a `DeviceWorkspace` after the device."""
+    # Mixers with wider heads run on the host.
     _, *shape = astuple(replace(s, head_dim=min(s.head_dim, MOST_HEAD_DIM)))
     routed = s.max_tokens * max(config.experts_per_token, 1)
     return (*shape, routed, corrected)
 
 
 def _host_shape(shape: OpsShape, hosts: bool) -> OpsShape:
-    """Returns the same for the host, which only attends where it runs mixers."""
+    """Returns the sizes that the host's operations need; they attend only if the host runs mixers."""
     return shape if hosts else replace(shape, max_context=1)

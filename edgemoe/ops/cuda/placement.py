@@ -1,7 +1,7 @@
-"""What of a model lies on a device, what runs there, and what the host keeps.
+"""Which parts of a model lie and run on a device, and which on the host.
 
-All that `CudaOps` has kernels for is the device's. A mixer of which it knows too little is run by the host, beside the
-device; anything else that is unknown is refused.
+Everything that `CudaOps` has kernels for runs on the device. A mixer without kernels runs on the host; anything else
+without kernels is refused.
 """
 
 from __future__ import annotations
@@ -49,13 +49,14 @@ __all__ = [
 Place = Literal["device", "host", "both"]
 
 MOST_HEAD_DIM = 640
-"""Columns of a head, or of a latent's key, that a device attends with."""
+"""The most columns of a head, or of a latent key, for which a device has attention kernels."""
 
 _KV_TYPES = frozenset(("f16", "f32", "q8_0"))
 _SCHEMES = frozenset(("nested", "mwq"))
 _ACTIVATIONS = frozenset(("swiglu", "geglu", "clamped_swiglu", "relu2"))
 
-# What the device knows, by name. What is further waits until it is known here too.
+# The fields that the device's kernels support, by name. A field that is added to a spec counts as unsupported until it
+# is added here.
 _ROPE = frozenset(("name", "dim", "scale", "short_length"))
 _MIXERS: Mapping[type[MixerSpec], frozenset[str]] = {
     AttentionSpec: frozenset(
@@ -86,14 +87,14 @@ _CONFIG = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Both:
-    """Is a tensor that lies on both sides: an embedding that is the head too, what experts have beside matrices."""
+    """A tensor with a copy on either side, such as an embedding that is also the head, or the experts' biases."""
 
     host: Any
     device: Any
 
 
 def unsupported(moe: MoeFile) -> str | None:
-    """Returns what of a model has neither kernels for a device nor a way around them, None when all has."""
+    """Returns a part of a model that a device cannot run and the host cannot run for it; None if there is none."""
     config = moe.config
     if name := _unknown(config, _CONFIG):
         return f"{name} {getattr(config, name)}"
@@ -105,10 +106,10 @@ def unsupported(moe: MoeFile) -> str | None:
 
 
 def hosted(config: ModelConfig, kinds: Sequence[tuple[str, str]]) -> dict[int, str]:
-    """Returns the layers whose mixers the host runs beside a device, and why.
+    """Returns the layers whose mixers run on the host, each with the reason.
 
     Args:
-        kinds: what each layer's cache stores keys and values as.
+        kinds: for each layer, the types in which its cache stores keys and values.
     """
     layers = zip(config.mixer_by_layer, kinds, strict=True)
     reasons = [lacks(spec, keys, values) for spec, (keys, values) in layers]
@@ -116,11 +117,11 @@ def hosted(config: ModelConfig, kinds: Sequence[tuple[str, str]]) -> dict[int, s
 
 
 def lacks(spec: MixerSpec, keys: str, values: str) -> str | None:
-    """Returns what of a mixer has no kernels for a device, None when all has.
+    """Returns a part of a mixer that a device has no kernels for; None if there is none.
 
     Args:
-        keys: the kind that its cache stores keys as.
-        values: the same of values.
+        keys: the type in which its cache stores keys.
+        values: the same for values.
     """
     known = _MIXERS.get(type(spec))
     if known is None:
@@ -128,7 +129,7 @@ def lacks(spec: MixerSpec, keys: str, values: str) -> str | None:
     for part, names in ((spec, known), *((rope, _ROPE) for rope in spec.ropes)):
         if name := _unknown(part, names):
             return f"a mixer of the kind {spec.kind} with {name}"
-    if not spec.cached_heads[0]:  # it stores neither keys nor values
+    if not spec.cached_heads[0]:  # has neither keys nor values
         return None
     if spec.heads[1] > MOST_HEAD_DIM:
         return f"heads of {spec.heads[1]} columns, more than {MOST_HEAD_DIM}"
@@ -141,7 +142,7 @@ def lacks(spec: MixerSpec, keys: str, values: str) -> str | None:
 
 
 def _unknown(spec: Any, known: frozenset[str]) -> str | None:
-    """Returns a field that is not among the known ones, and not at a default that says nothing."""
+    """Returns the name of a field that is not among `known` and not at its default; None if there is none."""
     for field in fields(spec):
         says_something = field.default is MISSING or getattr(spec, field.name) != field.default
         if field.name not in known and says_something:
@@ -150,11 +151,12 @@ def _unknown(spec: Any, known: frozenset[str]) -> str | None:
 
 
 def places(moe: MoeFile, level: int, mixers: Container[int]) -> Iterator[tuple[str, Place]]:
-    """Yields where each tensor outside the routed experts lies; the host has none of an embedding whose rows it looks
-    up in the file.
+    """Yields each dense tensor's name and where it lies.
+
+    An embedding whose rows are looked up in the file is not in the host's memory.
 
     Args:
-        level: rungs of the matrices.
+        level: the level of the matrices.
         mixers: the layers whose mixers the host runs.
     """
     config = moe.config
@@ -177,7 +179,7 @@ def places(moe: MoeFile, level: int, mixers: Container[int]) -> Iterator[tuple[s
 
 
 def host_bytes(moe: MoeFile, level: int, mixers: Container[int]) -> int:
-    """Returns the host's memory of the tensors that `load_on` reads to there."""
+    """Returns the bytes of the tensors that `load_on` reads into the host's memory."""
     here = (name for name, place in places(moe, level, mixers) if place != "device")
     rows = rows_bytes(moe, level, is_alone=True) if has_stored_rows(moe, level) else 0
     return moe.basis_bytes + rows + sum(moe.tensors[name].size(level) for name in here)
@@ -192,10 +194,13 @@ def load_on(
     verify: bool,
     told: Told = nobody,
 ) -> dict[str, Any]:
-    """Reads every tensor outside the routed experts to where it is used, one at a time; see `load_dense`.
+    """Reads every dense tensor to where it is used, one at a time; see `load_dense` for arguments and errors.
 
     Args:
         mixers: the layers whose mixers the host runs.
+
+    Returns:
+        The tensors by name: of the host, of the device, or `Both`.
     """
     where = dict(places(moe, level, mixers))
     out: dict[str, Any] = {}
@@ -209,7 +214,7 @@ def load_on(
         out[EMBED_ROWS] = load_rows(moe, None, verify=verify, told=told)
     if moe.bases is not None:
         for layer, basis in zip(moe.config.moe_layers, moe.bases, strict=True):
-            # Rows of whole tiles: bytes that are moved as floats are.
+            # Rows are whole tiles of 64 bytes, which are copied as if they were float32.
             there = _uploaded(device, np.ascontiguousarray(basis).view(np.float32))
             out[f"layers.{layer}.experts.basis"] = Both(basis, there)
     return out

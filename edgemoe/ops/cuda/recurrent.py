@@ -12,7 +12,7 @@ __all__ = ["CudaRecurrent"]
 
 
 class CudaRecurrent(CudaMemory):
-    """Are a device's; see `CudaOps`."""
+    """The recurrent verbs of a device; see `CudaOps`."""
 
     def short_conv(
         self,

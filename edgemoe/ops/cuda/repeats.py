@@ -1,4 +1,4 @@
-"""Work of a device that is noted and repeated without Python; see `edgemoe.ops.repeats`."""
+"""Work on a device that is recorded and repeated without Python in between; see `edgemoe.ops.repeats`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["CudaRepeats"]
 
 
 class CudaRepeats(CudaExperts):
-    """Are a device's; see `CudaOps`."""
+    """The verbs of a device for repeating work; see `CudaOps`."""
 
     counts_chosen = False
 
@@ -42,7 +42,7 @@ class CudaRepeats(CudaExperts):
     def ahead(
         self, slots: Any, levels: NDArray[np.int8], rule: _core.RouteRule, *, is_start: bool
     ) -> frozenset[int]:
-        """See `Ops.ahead`: layers of which the device has all experts."""
+        """See `Ops.ahead`: layers whose experts are all on the device."""
         if self._ahead is None or not self.runs_ahead or not isinstance(slots, Tiers):
             return frozenset()
         return self._ahead.layers(slots.device, levels, rule, is_start)
@@ -55,7 +55,7 @@ class CudaRepeats(CudaExperts):
     def run_chosen(
         self, layer: int, x: Array, weights: ExpertLayer, parts: Array, out: Array, beside: Any
     ) -> bool:
-        """See `Ops.run_chosen`: what is beside them is for itself."""
+        """See `Ops.run_chosen`; leaves `beside` to the caller."""
         _, biases, _ = self._layer(weights)
         cast(Ahead, self._ahead).run(layer, x, weights.activation, biases, parts, out)
         return False

@@ -17,7 +17,7 @@ __all__ = ["CudaRows"]
 
 
 class CudaRows(CudaMemory):
-    """Are a device's; see `CudaOps`."""
+    """The row verbs of a device; see `CudaOps`."""
 
     def embed(self, table: RowTable | Both, ids: Ids, scale: float, out: Array) -> None:
         """See `Ops.embed`."""
@@ -37,7 +37,7 @@ class CudaRows(CudaMemory):
         weights: Sequence[_core.DeviceMatrix | Both],
         outs: Sequence[Array | HostArray],
     ) -> None:
-        """See `Ops.linear`; an `out` of numpy, alone, is the host's, and waited for."""
+        """See `Ops.linear`. There may be a single `out` of numpy, for logits: it is downloaded and waited for."""
         matrices = [w.device if isinstance(w, Both) else w for w in weights]
         if not isinstance(outs[0], np.ndarray):
             _core.device_linear(self._ws, x, matrices, cast("list[Array]", outs))
@@ -114,5 +114,5 @@ class CudaRows(CudaMemory):
         _core.device_weigh(self._ws, x, gates, out)
 
     def soft_cap(self, cap: float, out: HostArray) -> None:
-        """See `Ops.soft_cap`: of logits, which are the host's."""
+        """See `Ops.soft_cap`; it is for logits, which are an array of the host."""
         self._cpu.soft_cap(cap, out)
