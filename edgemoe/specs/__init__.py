@@ -1,8 +1,8 @@
-"""What a layer is made of: values that say how a mixer or an FFN computes, and which tensors it has.
+"""Specs: values that say how a mixer or an FFN computes, and which tensors it has.
 
-A model has few distinct ones, and each layer has one of them: `ModelConfig.mixer` and `.ffn`. Whoever needs a size or a
-tensor asks them, so that a further kind of mixer is a further class here, a line in `MIXERS`, and its code in
-`edgemoe.model`.
+A model has few distinct specs, and each layer has one for its mixer and one for its FFN: `ModelConfig.mixer` and
+`ModelConfig.ffn`. All code that needs a size or a tensor asks the spec. So a new kind of mixer takes a class here, a
+line in `MIXERS`, and its code in `edgemoe.model`.
 """
 
 from __future__ import annotations
@@ -26,4 +26,4 @@ __all__ = [
 MIXERS: Mapping[str, type[MixerSpec]] = {
     s.kind: s for s in (AttentionSpec, ConvSpec, DeltaSpec, MambaSpec, MlaSpec)
 }
-"""The kinds of mixers, by their names in a file."""
+"""The classes of mixer specs, by their kinds' names in a file."""

@@ -1,4 +1,4 @@
-"""Attention to keys and values of the tokens before, and how positions turn them."""
+"""Causal attention over keys and values, and its rotary position embedding (RoPE)."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ __all__ = ["AttentionSpec", "RopeSpec"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RopeSpec:
-    """How positions turn queries and keys. Layers with equal ones share the work."""
+    """How positions rotate queries and keys. Layers with equal specs share the computed rotations."""
 
     name: str = "rope"
-    """The tensor of its frequencies; it begins with "rope"."""
+    """The name of the tensor with its frequencies; it begins with "rope"."""
     dim: int
-    """Leading columns of each head that are rotated, in halves."""
+    """How many leading columns of each head are rotated. Column i is paired with column i + dim / 2."""
     scale: float = 1.0
     """Multiplies cos and sin (YaRN's attention factor)."""
     short_length: int = 0
-    """Sequences of up to so many tokens have the frequencies of `NAME_short` (LongRoPE); 0 for none."""
+    """Sequences of up to so many tokens use the frequencies of the tensor `NAME_short` (LongRoPE); 0: there is none."""
 
     def __post_init__(self) -> None:
         need(
@@ -37,56 +37,62 @@ class RopeSpec:
         need_sizes(self, "short_length", least=0)
 
     def frequencies(self, length: int) -> str:
-        """Returns the tensor of a sequence of `length` tokens: it holds for all of them."""
+        """Returns the name of the frequency tensor for a sequence of `length` tokens, which applies to all of them."""
         is_short = self.short_length and length <= self.short_length
         return f"{self.name}_short" if is_short else self.name
 
     def tensors(self) -> dict[str, TensorSpec]:
-        """Returns its tensors by their names in the file."""
+        """Returns its frequency tensors, [dim / 2], by their names in the file."""
         lengths = (self.short_length + 1, *([1] if self.short_length else []))
         return {self.frequencies(n): TensorSpec.f32(self.dim // 2) for n in lengths}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionSpec(MixerSpec):
-    """Attention to keys and values of the tokens before."""
+    """Causal multi-head attention, also with fewer heads for keys and values (grouped-query attention)."""
 
     kind: ClassVar[str] = "attention"
 
     num_heads: int
-    """Of queries."""
+    """The number of query heads, a multiple of `num_kv_heads`."""
     num_kv_heads: int
+    """The number of heads of keys and values."""
     head_dim: int
+    """Columns of each head."""
     scale: float
     """Multiplies q · k."""
     rope: RopeSpec | None
-    """None: positions do not turn queries and keys (NoPE)."""
+    """None: queries and keys are not rotated (NoPE)."""
     window: int = 0
-    """How many last positions it sees, 0 for all."""
+    """A token sees so many positions, its own included; 0 for all."""
     qkv_bias: bool = False
     o_bias: bool = False
     qk_norm: Literal["none", "head", "unit", "full"] = "none"
-    """RMS norm of q and k: per head (weight [head_dim], or none for "unit") or over the whole projection."""
+    """The RMS norm of q and k: "head" is per head with a weight [head_dim], "unit" per head without a weight, "full"
+    over the whole projection."""
     norm_eps: float = 1e-6
-    """Of that norm."""
+    """The epsilon of that norm and of `v_norm`."""
     norm_after_rope: bool = False
-    """The norm of q and k comes after their rotation, and not before (for qk_norm "head" and "unit")."""
+    """Whether q and k are normed after their rotation instead of before (for qk_norm "head" and "unit")."""
     clip: float | None = None
-    """q, k and v are clamped to ±this after the norm and before RoPE."""
+    """If given, q, k and v are clamped to ±clip after the norm and before RoPE."""
     gate: Literal["none", "sigmoid", "sigmoid_head", "softplus_head"] = "none"
-    """What comes out of the heads is multiplied by this of a projection: by element, or one for each head."""
+    """The heads' outputs are multiplied by this function of a projection of the input.
+
+    "sigmoid" has a gate for each element, "sigmoid_head" and "softplus_head" have one for each head."""
     sinks: bool = False
-    """Each head's softmax has a further term, a logit of its own whose value is zero."""
+    """Whether each head has an attention sink: a learned logit in its softmax whose value is zero."""
     shared_kv: bool = False
-    """Values are the projection of the keys, as it is before their norm and rotation."""
+    """Whether values are the projection of the keys, before norm and rotation; there is no matrix `v` then."""
     v_norm: bool = False
-    """Values are normed per head, without a weight."""
+    """Whether values are normed per head, without a weight."""
 
     chunk: int = 0
-    """It sees only positions of its own chunk of so many, the first of which begins at 0; 0 for all."""
+    """A token sees only positions in its own chunk of so many; the first chunk begins at position 0. 0 for all."""
     growth: float = 0.0
-    """Queries at position p are at last multiplied by 1 + growth * log(1 + floor((p + 1) / grow_every))."""
+    """Finally, queries at position p are multiplied by 1 + growth * log(1 + floor((p + 1) / grow_every))."""
     grow_every: int = 0
+    """In positions; see `growth`."""
 
     def __post_init__(self) -> None:
         need_sizes(self, "num_heads", "num_kv_heads", "head_dim")
@@ -146,17 +152,17 @@ class AttentionSpec(MixerSpec):
 
     @property
     def state_pieces(self) -> int:
-        """See `MixerSpec.state_pieces`: keys and values of each head."""
+        """See `MixerSpec.state_pieces`: the keys and the values of each head."""
         return 2 * self.num_kv_heads
 
     @property
     def rope_dim(self) -> int:
-        """Leading columns of each head that are rotated."""
+        """Leading columns of each head that are rotated, 0 for none."""
         return 0 if self.rope is None else self.rope.dim
 
     @property
     def q_width(self) -> int:
-        """Columns of the queries, and of what comes out of the heads."""
+        """Columns of the queries, and of the heads' outputs."""
         return self.num_heads * self.head_dim
 
     @property
@@ -183,7 +189,7 @@ class AttentionSpec(MixerSpec):
         return ("q", "k", "v", "q_gate")
 
     def __str__(self) -> str:
-        """Is what a person is told of it."""
+        """Returns a description for people."""
         window = f", of the last {self.window} positions" if self.window else ""
         chunk = f", in chunks of {self.chunk} positions" if self.chunk else ""
         heads = (

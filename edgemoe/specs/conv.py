@@ -1,4 +1,4 @@
-"""A short convolution over time between two products."""
+"""The gated short convolution over time."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ __all__ = ["ConvSpec"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConvSpec(MixerSpec):
-    """LFM2's gated short convolution: o (c * conv(b * u)), all three projections of the input."""
+    """LFM2's gated short convolution: o (c * conv(b * u)), where u, b and c are projections of the input."""
 
     kind: ClassVar[str] = "conv"
 
     width: int
     """Channels, each convolved by itself."""
     taps: int
+    """The length of the convolution in tokens, from 2 to `MOST_TAPS`."""
 
     def __post_init__(self) -> None:
         need_sizes(self, "width", "taps")
@@ -31,7 +32,7 @@ class ConvSpec(MixerSpec):
         return ("u", "b", "c")
 
     def __str__(self) -> str:
-        """Is what a person is told of it."""
+        """Returns a description for people."""
         return f"short convolution: {self.taps} taps, {self.width} channels"
 
     @property
@@ -41,12 +42,12 @@ class ConvSpec(MixerSpec):
 
     @property
     def state_shapes(self) -> tuple[tuple[int, ...], ...]:
-        """The last inputs of the convolution."""
+        """The shape of the convolution's last inputs."""
         return ((self.taps - 1, self.width),)
 
     @property
     def scratch_widths(self) -> tuple[int, ...]:
-        """u, b and c."""
+        """See `Mixer.scratch_widths`: u, b and c."""
         return (self.width,) * 3
 
     def tensors(self, hidden_size: int) -> dict[str, TensorSpec]:

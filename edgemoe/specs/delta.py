@@ -1,4 +1,4 @@
-"""The gated delta rule: a matrix for each head, which each token corrects."""
+"""The gated delta rule: a linear recurrence whose state is a matrix for each head, which each token corrects."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["DeltaSpec"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeltaSpec(MixerSpec):
-    """Gated DeltaNet (arXiv 2412.06464): a short convolution, the delta rule, and a norm beside a gate.
+    """Gated DeltaNet (arXiv 2412.06464): a short convolution, the delta rule, and a gated norm.
 
     With a decay for each channel of the keys it is Kimi Delta Attention (arXiv 2510.26692).
     """
@@ -22,22 +22,26 @@ class DeltaSpec(MixerSpec):
     kind: ClassVar[str] = "delta"
 
     key_heads: int
-    """Each is that of value_heads / key_heads value heads, one after the other."""
+    """Heads of queries and keys. Each is shared by value_heads / key_heads consecutive value heads."""
     value_heads: int
     key_dim: int
+    """Columns of a head's queries and keys."""
     value_dim: int
+    """Columns of a head's values, a multiple of 16."""
     taps: int
-    """Of the convolution over time."""
+    """The length of the convolution in tokens, at most `MOST_TAPS`."""
     norm_eps: float
+    """The epsilon of the norm of the heads' outputs."""
     gate: Literal["silu", "sigmoid"] = "silu"
+    """The activation of the gate that multiplies the normed outputs."""
     channel_decay: bool = False
-    """Each channel of a head's keys has a decay of its own, and not each head."""
+    """Whether each channel of a head's keys has a decay of its own, instead of one decay for the head."""
     bounded: bool = False
-    """A decay is exp(-5 * sigmoid(rate * (x + bias))), and not exp(-rate * softplus(x + bias))."""
+    """Whether a decay is exp(-5 * sigmoid(rate * (x + bias))) instead of exp(-rate * softplus(x + bias))."""
     decay_rank: int = 0
-    """Columns through which decays of channels come; 0: straight from the input."""
+    """The rank of a low-rank projection that gives the decays of channels; 0 for a full one."""
     gate_rank: int = 0
-    """The same of the gate."""
+    """The rank of a low-rank projection that gives the gate; 0 for a full one."""
 
     def __post_init__(self) -> None:
         need_sizes(self, "key_heads", "value_heads", "key_dim", "value_dim", "taps")
@@ -60,7 +64,7 @@ class DeltaSpec(MixerSpec):
         return ("qkv", "z", "z_in", "decay_in" if self.decay_rank else "decay", "beta")
 
     def __str__(self) -> str:
-        """Is what a person is told of it."""
+        """Returns a description for people."""
         heads = f"{self.value_heads} heads of {self.key_dim} x {self.value_dim}"
         decay = ", a decay for each channel" if self.channel_decay else ""
         return f"gated delta rule: {heads} ({self.key_heads} for queries and keys){decay}"
@@ -77,7 +81,7 @@ class DeltaSpec(MixerSpec):
 
     @property
     def value_width(self) -> int:
-        """Columns of the values, and of what comes out of the heads."""
+        """Columns of the values, and of the heads' outputs."""
         return self.value_heads * self.value_dim
 
     @property
@@ -87,18 +91,21 @@ class DeltaSpec(MixerSpec):
 
     @property
     def decays(self) -> int:
-        """How many a token has."""
+        """The number of decays of a token."""
         return self.value_heads * (self.key_dim if self.channel_decay else 1)
 
     @property
     def state_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The last inputs of the convolution, and the heads' matrices."""
+        """The shapes of the convolution's last inputs and of the heads' matrices."""
         return (self.taps - 1, self.channels), (self.value_heads, self.key_dim, self.value_dim)
 
     @property
     def scratch_widths(self) -> tuple[int, ...]:
-        """Queries, keys and values; decays; betas; the gate; what comes out of the heads; what decays and the gate
-        come through."""
+        """See `Mixer.scratch_widths`.
+
+        The arrays are queries, keys and values together; decays; betas; the gate; the heads' outputs; the low-rank
+        inputs of the decays and of the gate.
+        """
         widths = self.channels, self.decays, self.value_heads, self.value_width, self.value_width
         return (*widths, self.decay_rank, self.gate_rank)
 
@@ -114,7 +121,7 @@ class DeltaSpec(MixerSpec):
         out["o"] = nested(d, v)
         if self.decay_rank:
             out |= {"decay_in": f32(self.decay_rank, d), "decay": f32(self.decays, self.decay_rank)}
-        else:  # of channels it is as large as the others
+        else:  # the matrix for decays of channels is as large as the other projections, so it is quantised too
             out["decay"] = (nested if self.channel_decay else f32)(self.decays, d)
         return out | {
             "beta": f32(h, d), "conv": f32(self.taps, self.channels), "decay_rate": f32(h),

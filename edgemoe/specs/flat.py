@@ -1,4 +1,4 @@
-"""The config of a file of version 2: all layers have one kind of attention, but for its window."""
+"""Model configs of file version 2, in which all layers have the same attention, apart from its window."""
 
 from __future__ import annotations
 
@@ -12,13 +12,16 @@ _ATTENTION = {
     "attention_scale": "scale", "qkv_bias": "qkv_bias", "o_bias": "o_bias", "qk_norm": "qk_norm",
     "norm_after_rope": "norm_after_rope", "clip_qkv": "clip",
 }  # fmt: skip
-"""Its names, and those of `AttentionSpec`."""
+"""Names of fields in version 2, and of the same fields in `AttentionSpec`."""
 _MOST_LAYERS = 1 << 12
 _ROPE = {"rope_dim": "dim", "rope_scale": "scale", "rope_short_length": "short_length"}
 
 
 def with_mixers(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the JSON values of `ModelConfig` from those of version 2; what is wrong in them stays wrong."""
+    """Returns the JSON values of a `ModelConfig` from those of version 2.
+
+    Invalid values are passed on unchanged, so that reading the result refuses them.
+    """
     moved = {*_ATTENTION, *_ROPE, "windows"}
     values = {name: value for name, value in flat.items() if name not in moved}
     attention = {ours: flat[name] for name, ours in _ATTENTION.items() if name in flat}

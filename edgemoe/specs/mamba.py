@@ -1,4 +1,4 @@
-"""Mamba-2: a matrix for each head, to which each token adds and which fades."""
+"""Mamba-2: a linear recurrence whose state is a matrix for each head, which decays and to which each token adds."""
 
 from __future__ import annotations
 
@@ -13,19 +13,23 @@ __all__ = ["MambaSpec"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MambaSpec(MixerSpec):
-    """Mamba-2 (arXiv 2405.21060): a short convolution, the state space layer, a gate, and a norm behind it."""
+    """Mamba-2 (arXiv 2405.21060): a short convolution, the state space layer, a gate, and then a norm."""
 
     kind: ClassVar[str] = "mamba"
 
     num_heads: int
     head_dim: int
+    """Columns of a head's inputs and outputs, a multiple of 16."""
     groups: int
-    """Of heads, one after the other, which share what they write by and read by; and of the norm."""
+    """Groups of consecutive heads that share B and C, in the paper's terms; the norm is by group too."""
     state_dim: int
+    """Columns of B and of C: a head's state is [state_dim, head_dim]."""
     taps: int
-    """Of the convolution over time."""
+    """The length of the convolution in tokens, from 2 to `MOST_TAPS`."""
     norm_eps: float
+    """The epsilon of the norm of the heads' outputs."""
     conv_bias: bool = True
+    """Whether the convolution has a bias."""
 
     def __post_init__(self) -> None:
         need_sizes(self, "num_heads", "head_dim", "groups", "state_dim", "taps")
@@ -45,17 +49,17 @@ class MambaSpec(MixerSpec):
         return ("xbc", "x_gate", "step")
 
     def __str__(self) -> str:
-        """Is what a person is told of it."""
+        """Returns a description for people."""
         return f"Mamba-2: {self.num_heads} heads of {self.head_dim} x {self.state_dim} in {self.groups} groups"
 
     @property
     def width(self) -> int:
-        """Columns of what comes out of the heads."""
+        """Columns of the heads' inputs, and of their outputs."""
         return self.num_heads * self.head_dim
 
     @property
     def channels(self) -> int:
-        """Columns of what is convolved: the heads' inputs, and what groups write by and read by."""
+        """Columns of what is convolved: the heads' inputs, and B and C of each group."""
         return self.width + 2 * self.groups * self.state_dim
 
     @property
@@ -65,12 +69,12 @@ class MambaSpec(MixerSpec):
 
     @property
     def state_shapes(self) -> tuple[tuple[int, ...], ...]:
-        """The last inputs of the convolution, and the heads' matrices."""
+        """The shapes of the convolution's last inputs and of the heads' matrices."""
         return (self.taps - 1, self.channels), (self.num_heads, self.state_dim, self.head_dim)
 
     @property
     def scratch_widths(self) -> tuple[int, ...]:
-        """What is convolved; steps; decays; the gate; what comes out of the heads."""
+        """See `Mixer.scratch_widths`: what is convolved; steps; decays; the gate; the heads' outputs."""
         return self.channels, self.num_heads, self.num_heads, self.width, self.width
 
     def tensors(self, hidden_size: int) -> dict[str, TensorSpec]:

@@ -1,4 +1,4 @@
-"""What every mixer's spec can tell."""
+"""The base of all mixer specs, and the checks that specs make of their fields."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ if TYPE_CHECKING:
 __all__ = ["LIMIT", "MOST_TAPS", "MixerSpec", "need", "need_numbers", "need_sizes"]
 
 LIMIT = 1 << 24
-"""No dimension of a real model comes near; keeps every product inside 64 bits."""
+"""Every dimension is below this. No real model comes near it, and products of dimensions stay within 64 bits."""
 
 MOST_TAPS = 8
-"""Of a convolution over time."""
+"""The most taps of a convolution over time."""
 
 
 class MixerSpec(ABC):
-    """Says how the tokens of a sequence are mixed. Frozen: layers with equal ones share scratch and tables.
+    """How a layer mixes the tokens of a sequence. Frozen: layers with equal specs share scratch and tables.
 
-    A class of it checks itself and raises FormatError. Its fields are whole numbers, numbers, truth values, strings of
-    a Literal, or further specs; a file has those that are not at their defaults, as JSON.
+    Subclasses are dataclasses that check themselves and raise FormatError. Their fields are integers, floats, booleans,
+    strings of a Literal, or other specs. A file stores the fields that are not at their defaults, as JSON.
     """
 
     __slots__ = ()
@@ -35,60 +35,60 @@ class MixerSpec(ABC):
 
     @property
     def ropes(self) -> tuple[RopeSpec, ...]:
-        """How positions turn queries and keys; empty where they do not."""
+        """The RoPE specs of its queries and keys; empty without RoPE."""
         return ()
 
     @property
     def heads(self) -> tuple[int, int]:
-        """Heads of queries and the columns of each, which the workspace has to know; zeros without any."""
+        """The number of query heads and the columns of each, for sizing scratch; zeros without attention."""
         return 0, 0
 
     @property
     def cached_heads(self) -> tuple[int, int]:
-        """Heads that a cache of keys and values holds for each position, and the columns of each; zeros without one."""
+        """The number of heads in its KV cache and the columns of each; zeros without a KV cache."""
         return 0, 0
 
     @property
     def state_pieces(self) -> int:
-        """In how many places of memory its state grows with the sequence."""
+        """At how many separate places in memory its state grows with the sequence."""
         return 1
 
     @property
     def has_constant_keys(self) -> bool:
-        """Whether a bias adds the same to every key, but for its turn by the position."""
+        """Whether every key contains the same bias, apart from its rotation: a quantised cache may leave it out."""
         return False
 
     @property
     def values_are_keys(self) -> bool:
-        """Whether a cache holds the values as a part of the keys, so that they have no type of their own."""
+        """Whether its KV cache holds the values as part of the keys, so that they have no type of their own."""
         return False
 
     @property
     @abstractmethod
     def inputs(self) -> tuple[str, ...]:
-        """Names of tensors that are applied to the layer's input, within a layer; it may be without some of them."""
+        """Names, within a layer, of the tensors that are applied to its input. A layer may lack some of them."""
 
     @abstractmethod
     def __str__(self) -> str:
-        """Is what a person is told of it, such as "attention: 16 heads of 128 (4 for keys and values)"."""
+        """Returns a description for people, such as "attention: 16 heads of 128 (4 for keys and values)"."""
 
     @abstractmethod
     def tensors(self, hidden_size: int) -> dict[str, TensorSpec]:
         """Returns its tensors by their names within a layer, in file order."""
 
     def widest_input(self, hidden_size: int) -> int:
-        """Returns the columns of its widest matrix."""
+        """Returns the columns of the widest input of any of its matrices, for sizing scratch."""
         return max(t.shape[1] for t in self.tensors(hidden_size).values() if t.kind == "nested")
 
 
 def need(ok: bool, what: str) -> None:
-    """Raises FormatError unless a model's description makes sense."""
+    """Raises FormatError with the message `what` unless `ok`."""
     if not ok:
         raise FormatError(f"model config: {what}")
 
 
 def need_sizes(spec: object, *names: str, least: int = 1) -> None:
-    """Checks that fields are whole numbers from `least` to what is supported."""
+    """Checks that fields are integers from `least` to `LIMIT` - 1; raises FormatError otherwise."""
     for name in names:
         value = getattr(spec, name)
         need(
@@ -98,7 +98,7 @@ def need_sizes(spec: object, *names: str, least: int = 1) -> None:
 
 
 def need_numbers(spec: object, *names: str) -> None:
-    """Checks that fields are finite numbers above zero."""
+    """Checks that fields are finite numbers above zero; raises FormatError otherwise."""
     for name in names:
         value = getattr(spec, name)
         is_number = isinstance(value, (int, float)) and type(value) is not bool

@@ -15,35 +15,37 @@ __all__ = ["MlaSpec"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MlaSpec(MixerSpec):
-    """Attention to one latent per position for all heads, and to a part that positions turn.
+    """Latent attention, whose cache has for each position one latent and one rotated key part, shared by all heads.
 
-    A head's own keys and values are linear in the latent. They are never made: the matrix of its keys is applied to its
-    query, that of its values to what comes out.
+    A head's own keys and values are linear in the latent. They are never computed, as their matrices are absorbed: the
+    key matrix is applied to the head's query instead, and the value matrix to the head's output.
     """
 
     kind: ClassVar[str] = "mla"
 
     num_heads: int
     q_rank: int
-    """Columns through which queries come, with a norm; 0: straight from the input."""
+    """The rank of a low-rank projection, with a norm in between, that gives the queries; 0 for a full one."""
     latent_dim: int
-    """A multiple of 16, as value_dim."""
+    """Columns of the latent, a multiple of 16."""
     nope_dim: int
-    """Columns of a head's queries that meet the latent."""
+    """Columns of a head's query that are not rotated; they attend to the latent."""
     rope_dim: int
-    """Columns behind those, which all heads' keys share."""
+    """Columns of a head's query after those, which are rotated; all heads share their part of the key."""
     value_dim: int
+    """Columns of a head's values, a multiple of 16."""
     scale: float
     """Multiplies q · k."""
     rope: RopeSpec | None
-    """Of the columns of `rope_dim`; None: positions do not turn them."""
+    """How the columns of `rope_dim` are rotated; None: they are not."""
     norm_eps: float = 1e-6
-    """Of the norms of queries' columns and latents."""
+    """The epsilon of the norms of the low-rank queries and of the latents."""
     growth: float = 0.0
     """Queries at position p are multiplied by 1 + growth * log(1 + floor(p / grow_every))."""
     grow_every: int = 0
+    """In positions; see `growth`."""
     gate: Literal["none", "sigmoid_head"] = "none"
-    """What comes out of the heads is multiplied by this of a projection, one for each head."""
+    """The heads' outputs are multiplied by this function of a projection of the input, which has a gate per head."""
 
     def __post_init__(self) -> None:
         need_sizes(self, "num_heads", "latent_dim", "nope_dim", "rope_dim", "value_dim")
@@ -88,7 +90,7 @@ class MlaSpec(MixerSpec):
 
     @property
     def key_dim(self) -> int:
-        """Columns of a position's key: the latent and what is turned."""
+        """Columns of a position's key in the cache: the latent and the rotated part."""
         return self.latent_dim + self.rope_dim
 
     @property
@@ -107,14 +109,14 @@ class MlaSpec(MixerSpec):
         return ("kv_a", "q_a", "q_direct", "q_gate")
 
     def __str__(self) -> str:
-        """Is what a person is told of it."""
+        """Returns a description for people."""
         return f"latent attention: {self.num_heads} heads on latents of {self.latent_dim} + {self.rope_dim} columns"
 
     def tensors(self, hidden_size: int) -> dict[str, TensorSpec]:
         """See `MixerSpec.tensors`.
 
-        `kv_a` gives latents and what is turned, `q_a` and `q_b`, or `q_direct`, the queries. `k_b` and `v_b` hold a
-        matrix for each head, one after the other: [latent, nope] and [value, latent].
+        `kv_a` gives the latents and the rotated part of keys. `q_a` and `q_b`, or `q_direct`, give the queries. `k_b`
+        and `v_b` hold a matrix for each head, one after the other: [latent, nope] and [value, latent].
         """
         f32, nested = TensorSpec.f32, TensorSpec.nested
         d, h = hidden_size, self.num_heads
@@ -134,11 +136,11 @@ class MlaSpec(MixerSpec):
         return out
 
     def widest_input(self, hidden_size: int) -> int:
-        """See `MixerSpec.widest_input`: all heads' inputs of `k_b` and `v_b` are read at once."""
+        """See `MixerSpec.widest_input`: the inputs of `k_b` and `v_b` are those of all heads together."""
         widest = max(t.shape[1] for t in self.tensors(hidden_size).values() if t.kind == "nested")
         return max(widest, self.num_heads * _padded(max(self.nope_dim, self.latent_dim)))
 
 
 def _padded(columns: int) -> int:
-    """Returns columns as tiles of 64 hold them."""
+    """Returns a number of columns rounded up to whole tiles of 64."""
     return -(-columns // 64) * 64

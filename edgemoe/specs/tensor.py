@@ -10,17 +10,20 @@ __all__ = ["TensorSpec"]
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """Says how a resident tensor is stored: float32 as it is, or nested codes of a [rows, cols] matrix."""
+    """The shape and storage of a resident tensor: plain float32, or the nested codes of a [rows, cols] matrix.
+
+    Nested: the leading bits of each code are a code of fewer bits.
+    """
 
     kind: Literal["f32", "nested"]
     shape: tuple[int, ...]
 
     @classmethod
     def f32(cls, *shape: int) -> TensorSpec:
-        """Returns that of a float32 tensor."""
+        """Returns the spec of a float32 tensor."""
         return cls("f32", shape)
 
     @classmethod
     def nested(cls, rows: int, cols: int) -> TensorSpec:
-        """Returns that of a matrix."""
+        """Returns the spec of a quantised matrix."""
         return cls("nested", (rows, cols))

@@ -1,4 +1,4 @@
-"""Frozen dataclasses as JSON values, and back: what a field may hold is read off its type."""
+"""Conversion of frozen dataclasses to JSON values and back, guided by the types of their fields."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ T = TypeVar("T")
 
 
 def to_values(value: Any) -> Any:
-    """Returns JSON values of a dataclass: its fields that are not at their defaults, and its `kind` if it has one."""
+    """Returns the JSON values of a dataclass: its `kind`, if it has one, and its fields that are not at their defaults.
+
+    Lists and tuples become lists of such values. Any other value is returned as it is.
+    """
     if isinstance(value, (list, tuple)):
         return [to_values(v) for v in value]
     if not dataclasses.is_dataclass(value) or isinstance(value, type):
@@ -35,8 +38,8 @@ def from_values(cls: type[T], values: object, what: str, kinds: Mapping[str, typ
     """Builds a dataclass from JSON values.
 
     Args:
-        what: it is, for errors: "model config".
-        kinds: classes by their `kind`, where a field holds one of several.
+        what: a name for the value in error messages, such as "model config".
+        kinds: classes by their `kind`, for fields whose type is a base class with several of them.
 
     Raises:
         FormatError: a field is missing, unknown, of a wrong type, or refused by the class itself.
@@ -62,7 +65,7 @@ def _hints(cls: type[Any]) -> dict[str, Any]:
 
 
 def _read(hint: Any, value: Any, what: str, name: str, kinds: Mapping[str, type[Any]]) -> Any:
-    """Returns a JSON value as a field of a type holds it."""
+    """Converts a JSON value to the type `hint` of the field `name`."""
 
     def wrong(expected: str) -> FormatError:
         return FormatError(f"{what}: {name} must be {expected}, got {quoted(value)}")
