@@ -1,4 +1,8 @@
-"""Where weights live: dense ones resident, experts in the cache, both read from one `.moe` file."""
+"""Where weights live: dense weights are resident, experts are in a cache; both are read from one `.moe` file.
+
+Dense weights are all tensors outside the routed experts. A matrix is stored in rungs: the first holds codes of few
+bits, and each further one adds bits to them. Level n of a matrix is its first n rungs.
+"""
 
 from edgemoe.store.dense import (
     EMBED_ROWS,

@@ -1,4 +1,4 @@
-"""Weights outside the experts: what they take, and how they are read into memory of their own."""
+"""Dense weights, those outside the routed experts: how much memory they take, and reading them from a file."""
 
 from __future__ import annotations
 
@@ -20,52 +20,54 @@ __all__ = [
 ]  # fmt: skip
 
 Weight = _core.Nested | NDArray[np.float32]
+"""A resident tensor: a quantised matrix, or a float32 array."""
 EMBED_ROWS = "embed.rows"
-"""Name of what looks up the embedding's rows at the file's highest level, where its matrices are at a lower one."""
+"""The name of the table that looks up embedding rows in the file, at its highest level, when matrices run at a lower
+one."""
 Told = Callable[[float], object]
-"""Is called with the share of the bytes that has been read."""
+"""A progress callback; its argument is the fraction of the bytes that has been read, from 0 to 1."""
 
 
 def nobody(share: float) -> None:
-    """Is told, where nobody asked."""
+    """Does nothing: the progress callback for callers that want none."""
 
 
 def dense_bytes(moe: MoeFile, level: int) -> int:
-    """Returns the memory that `load_dense` takes."""
+    """Returns the bytes of memory that `load_dense` takes."""
     return tensors_bytes(moe, moe.tensors, level) + moe.basis_bytes
 
 
 def tensors_bytes(of: MoeFile | AdapterFile, names: Iterable[str], level: int) -> int:
-    """Returns the memory that `load_tensors` takes, each tensor in whole pages."""
+    """Returns the bytes of memory that `load_tensors` takes, each tensor in whole pages."""
     whole, stored = _divided(of, names, level)
     rows = rows_bytes(of, level) if stored else 0
     return _pages([of.tensors[name] for name in whole], level) + rows
 
 
 def looked_up_bytes(moe: MoeFile, level: int) -> int:
-    """Returns what of `dense_bytes` only the look-up of the embedding's rows needs, of which a token reads one."""
+    """Returns how many of `dense_bytes` are only for looking up embedding rows. A token reads a single row of them."""
     if has_stored_rows(moe, level):
         return rows_bytes(moe, level)
     return 0 if moe.config.tied else moe.tensors["embed"].size(level)
 
 
 def has_stored_rows(of: MoeFile | AdapterFile, level: int) -> bool:
-    """Says whether the file has more of the embedding than a level: its rows are looked up there then."""
+    """Returns whether the file has rungs of the embedding beyond a level. Rows are then looked up in the file."""
     embed = of.tensors.get("embed")
     return embed is not None and embed.rungs(level) < len(embed.lengths)
 
 
 def resident_matrices(of: MoeFile | AdapterFile, level: int) -> dict[str, Tensor]:
-    """Returns the matrices outside the routed experts that are resident at a level, by name."""
+    """Returns the dense matrices that are resident at a level, by name."""
     whole, _ = _divided(of, of.tensors, level)
     return {name: of.tensors[name] for name in whole if of.tensors[name].spec.kind == "nested"}
 
 
 def rows_bytes(of: MoeFile | AdapterFile, level: int, *, is_alone: bool = False) -> int:
-    """Returns the memory of what `load_rows` returns, beside the rungs that are resident at a level.
+    """Returns the bytes of memory of the table that `load_rows` returns, besides the rungs resident at a level.
 
     Args:
-        is_alone: none are, as where the head is a device's.
+        is_alone: whether no rungs are resident, as when the head is on a device.
     """
     embed = of.tensors["embed"]
     rows, cols = embed.spec.shape
@@ -76,9 +78,9 @@ def rows_bytes(of: MoeFile | AdapterFile, level: int, *, is_alone: bool = False)
 
 
 def _divided(of: MoeFile | AdapterFile, names: Iterable[str], level: int) -> tuple[list[str], bool]:
-    """Returns which tensors are resident at a level, and whether the embedding's rows are looked up in the file.
+    """Returns which tensors are resident at a level, and whether embedding rows are looked up in the file.
 
-    An embedding that is not the head is not resident then: nobody computes with it as a whole.
+    If they are, an embedding that is not also the head is not resident, as nothing computes with all of it.
     """
     stored = "embed" in (whole := list(names)) and has_stored_rows(of, level)
     if stored and not of.config.tied:
@@ -92,13 +94,18 @@ def _pages(tensors: Iterable[Tensor], level: int) -> int:
 
 
 def load_dense(moe: MoeFile, level: int, *, verify: bool, told: Told = nobody) -> dict[str, Weight]:
-    """Reads every tensor outside the routed experts into memory of its own.
+    """Reads every dense tensor into memory.
 
-    With them come the bases of experts' corrections as "layers.I.experts.basis", which the file has read already.
+    The result also has the bases of the experts' low-rank corrections as "layers.I.experts.basis", which were read when
+    the file was opened.
 
     Args:
-        level: rungs of the matrices.
-        told: is called after each tensor.
+        level: of the matrices, in rungs.
+        verify: whether to compare checksums.
+        told: the progress callback, called after each tensor.
+
+    Returns:
+        The tensors, by name.
 
     Raises:
         FormatError: a checksum does not match.
@@ -106,13 +113,13 @@ def load_dense(moe: MoeFile, level: int, *, verify: bool, told: Told = nobody) -
     """
     weights = load_tensors(moe, moe.tensors, level, verify=verify, told=told)
     matrices = [w for w in weights.values() if isinstance(w, _core.Nested)]
-    for before, after in pairwise(matrices):  # as those of q, k and v
+    # Matrices with the same input, such as q, k and v, have equal bases: one copy serves all of them.
+    for before, after in pairwise(matrices):
         after.share_basis(before)
     if moe.bases is not None:
         for layer, basis in zip(moe.config.moe_layers, moe.bases, strict=True):
-            weights[f"layers.{layer}.experts.basis"] = cast(
-                Weight, basis
-            )  # int8, for experts alone
+            # int8, and used by experts only.
+            weights[f"layers.{layer}.experts.basis"] = cast(Weight, basis)
     return weights
 
 
@@ -124,9 +131,10 @@ def load_tensors(
     verify: bool,
     told: Told = nobody,
 ) -> dict[str, Weight]:
-    """Reads tensors of a file outside the routed experts; see `load_dense`.
+    """Reads some dense tensors of a file; see `load_dense`.
 
-    Below the highest level of the embedding its rows come with it, as `EMBED_ROWS`, or instead of it.
+    Below the highest level of the embedding, the result also has a table of its rows, `EMBED_ROWS`. If the embedding is
+    not the head too, the table takes its place.
     """
     whole, stored = _divided(of, names, level)
     nested = [of.tensors[name] for name in whole if of.tensors[name].spec.kind == "nested"]
@@ -138,24 +146,25 @@ def load_tensors(
     if stored:
         first = cast("_core.Nested | None", out.get("embed"))
         rows = load_rows(of, first, verify=verify, told=told)
-        out[EMBED_ROWS] = cast(Weight, rows)  # for look-ups alone
+        out[EMBED_ROWS] = cast(Weight, rows)  # only used for looking up rows
     return out
 
 
 def rows_read(of: MoeFile | AdapterFile, resident: int) -> int:
-    """Returns the bytes that `load_rows` goes through once, beside the resident rungs."""
+    """Returns the bytes that `load_rows` reads to check them: those of the rungs that are not resident."""
     return sum(of.tensors["embed"].lengths[resident:])
 
 
 def load_rows(
     of: MoeFile | AdapterFile, resident: _core.Nested | None, *, verify: bool, told: Told = nobody
 ) -> _core.StoredRows:
-    """Returns what looks up rows of the embedding at the highest level of its file.
+    """Returns a table that looks up rows of the embedding at the highest level of its file.
 
     Args:
-        resident: its first rungs, None for none.
-        verify: goes through the others once, and compares every read with what they were.
-        told: that all has been read.
+        resident: the first rungs of the embedding, if they are in memory; None otherwise.
+        verify: whether to read the other rungs once to compare their checksums, and to check every later read
+            against what was there then.
+        told: the progress callback, called once at the end.
 
     Raises:
         FormatError: a checksum does not match.
@@ -180,10 +189,10 @@ def read_dense(
     told: Told = nobody,
     beside: int = 0,
 ) -> Iterator[tuple[str, Weight]]:
-    """Yields tensors of a level, each by itself: for who takes it elsewhere before the next is read.
+    """Yields tensors at a level, by name, each in memory of its own. So a caller can move each one before the next.
 
     Args:
-        beside: bytes that are read after them, as far as `told` is concerned.
+        beside: bytes that the caller will read after them, which count for the progress that `told` reports.
     """
     for name in _told_of({name: moe.tensors[name] for name in names}, level, told, beside):
         t = moe.tensors[name]
@@ -194,7 +203,7 @@ def read_dense(
 def _told_of(
     tensors: Mapping[str, Tensor], level: int, told: Told, beside: int = 0
 ) -> Iterator[str]:
-    """Yields each tensor's name, and tells after it which share of all has been read, and of `beside` bytes more."""
+    """Yields each tensor's name, and after each one reports the fraction of all their bytes and `beside` more."""
     sizes = {name: t.size(level) for name, t in tensors.items()}
     total, done = sum(sizes.values()) + beside, 0
     for name, size in sizes.items():
@@ -206,7 +215,7 @@ def _told_of(
 def _read(
     moe: MoeFile | AdapterFile, name: str, level: int, verify: bool, arena: _core.Arena | None
 ) -> Weight:
-    """Reads a tensor; a matrix into an arena."""
+    """Reads a tensor. A matrix is read into the arena."""
     t = moe.tensors[name]
     if arena is None or t.spec.kind == "f32":
         return _core.read_f32(moe.file, t.offset, t.spec.shape, t.crcs[0], verify, name)
@@ -219,11 +228,11 @@ def _read(
 
 
 def _widths(of: MoeFile | AdapterFile, name: str) -> Sequence[int]:
-    """Returns the bits that each rung of a matrix adds."""
+    """Returns how many bits each rung of a matrix adds."""
     return plane_widths(of.dense_ladder)[: len(of.tensors[name].lengths)]
 
 
 def _coding(of: MoeFile | AdapterFile, name: str) -> tuple[str, Sequence[int], Sequence[int]]:
-    """Returns what a matrix's rungs mean, as `_core` takes it."""
+    """Returns how a matrix's rungs are coded, as arguments for `_core`: scheme, row scales, ranks of corrections."""
     scheme = of.scheme.of(name)
     return scheme.name, scheme.row_scales, scheme.ranks(name)

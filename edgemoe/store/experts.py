@@ -1,4 +1,4 @@
-"""Experts in the cache: brought there from the file, inside a budget, and lent group by group."""
+"""Routed experts in a cache: read from the file within a budget, and lent to the kernels group by group."""
 
 from __future__ import annotations
 
@@ -17,13 +17,16 @@ from edgemoe.store.request import Request
 
 __all__ = ["ExpertStore"]
 
-_REQUEST = 256  # experts that `load` asks for at once: the cache looks through all of a request's at every arrival
+# Experts that `load` asks for in one request. The cache looks through all experts of a request whenever one arrives, so
+# large requests would be slow.
+_REQUEST = 256
 
 Policy = str | Priorities
+"""What the cache drops first: "lfu", "lru", or the expert with the lowest of live priorities."""
 
 
 class ExpertStore:
-    """Holds routed experts inside a budget and lends them group by group. One thread at a time."""
+    """The routed experts of a model, in a cache with a budget of bytes. One thread at a time."""
 
     def __init__(
         self,
@@ -37,24 +40,26 @@ class ExpertStore:
         """See `open` and `dry`.
 
         Args:
-            is_lent: a device runs all experts, from the host's memory.
+            num_experts: per layer.
+            level_bits: the bits of each level, ascending.
+            rungs: [layers * num_experts], how many rungs each expert has.
+            is_lent: whether a device runs all experts straight from the host's memory.
         """
         self.cache = cache
         self._is_lent = is_lent
         self._num_experts = num_experts
         self._rungs = rungs
         self.level_bits = tuple(level_bits)
-        """Of each level, ascending."""
+        """The bits of each level, ascending."""
         self._level_bytes = np.array([cache.slot_bytes(i) for i in range(len(level_bits) + 1)])
-        self._levels = np.zeros(9, np.int8)
+        self._levels = np.zeros(9, np.int8)  # of each number of bits, the level
         self._levels[list(level_bits)] = np.arange(1, len(level_bits) + 1)
-        self._count = (
-            -1
-        )  # experts of the request; after the last one reads ahead may go on, if there are any
+        # Experts of the open request, after which `ready_groups` stops. -1 if the plan has a list of experts to read
+        # ahead: then the cache is asked once more after the last group, as it may start such reads.
+        self._count = -1
         self._residency: NDArray[np.int8] = cache.residency.reshape(-1, num_experts)
-        self._first = np.arange(
-            0, self._residency.size, num_experts, dtype=np.int32
-        )  # of each layer
+        # The number of each layer's first expert.
+        self._first = np.arange(0, self._residency.size, num_experts, dtype=np.int32)
 
     @classmethod
     def open(
@@ -72,12 +77,13 @@ class ExpertStore:
 
         Args:
             bits: the highest precision that will be asked for.
-            budget_bytes: for slots, all of it.
-            most_bytes: to what `cache.set_budget` may raise that later.
-            policy: what is dropped first: the least frequently or the least recently used, "lfu" or "lru", or the
-                lowest of a live array [layers * experts].
-            device: one that has no memory of its own, and computes the experts where they lie; slots are whole experts
-                then, and all of them are taken at once.
+            budget_bytes: the memory for experts.
+            most_bytes: the most that `cache.set_budget` may later raise the budget to.
+            verify: whether to compare the checksum of everything that is read.
+            policy: what is dropped first: the least frequently used expert ("lfu"), the least recently used one
+                ("lru"), or the one with the lowest of some live priorities.
+            device: a device without memory of its own, which computes experts where they lie in the host's memory.
+                Slots then have room for a whole expert each, and are all allocated from the start.
 
         Raises:
             OutOfBudget: not even one expert fits.
@@ -131,12 +137,14 @@ class ExpertStore:
         most_bytes: int = 0,
         policy: Policy = "lfu",
     ) -> ExpertStore:
-        """Returns a store that reads nothing and where every read ends at once, for replaying traces.
+        """Returns a store for replaying traces: it has no file, and every read ends at once.
 
         Args:
-            level_bits: of each level, ascending.
-            level_bytes: of an expert at each level.
+            num_experts: per layer.
+            level_bits: the bits of each level, ascending.
+            level_bytes: the bytes of an expert at each level.
             rungs: [num_layers * num_experts], how many of the levels each expert has; None for all.
+            budget_bytes, most_bytes, policy: see `open`.
 
         Raises:
             OutOfBudget: not even one expert fits.
@@ -165,40 +173,46 @@ class ExpertStore:
 
     @property
     def residency(self) -> NDArray[np.int8]:
-        """Levels in memory [layers, E], 0 = absent: a live view, read only.
+        """The level of each expert in memory [layers, E], 0 = absent: a live view, read only.
 
-        An expert of which all that the file has is there is at the highest level, however much that is.
+        An expert counts as at the highest level once all of its rungs are in memory, even if it has fewer than others.
         """
         return self._residency
 
     @property
     def reads(self) -> NDArray[np.uint32]:
-        """How often each expert was read since the start [layers, E], in whole or in part; wraps around. Any thread may
-        look."""
+        """How often each expert was read since the start [layers, E], in whole or in part.
+
+        The counters wrap around. Any thread may read them.
+        """
         return self.cache.reads.reshape(-1, self._num_experts)
 
     @property
     def runs(self) -> NDArray[np.uint32]:
-        """How many tokens each expert ran since the start [layers, E]; wraps around. Any thread may look."""
+        """How many tokens each expert has run since the start [layers, E]; wraps around. Any thread may read it."""
         return self.cache.runs.reshape(-1, self._num_experts)
 
     @property
     def lacks(self) -> NDArray[np.uint32]:
-        """How often each expert was wanted while it was not in memory, or not at these bits, since the start [layers,
-        E]; wraps around. Any thread may look."""
+        """How often each expert was wanted while it was not in memory at the wanted bits, since the start [layers, E].
+
+        The counters wrap around. Any thread may read them.
+        """
         return self.cache.lacks.reshape(-1, self._num_experts)
 
     def levels(self, bits: NDArray[np.int8]) -> NDArray[np.int8]:
-        """Returns the level of each precision, of the same shape."""
+        """Returns the level for each number of bits, in an array of the same shape."""
         levels: NDArray[np.int8] = self._levels[bits]
         return levels
 
     def watch(self) -> NDArray[np.uint8] | None:
-        """Returns where each expert ran last, from now on [layers, E]: 1 on a device, 0 on the processor. A live view;
-        None where there is no device."""
+        """Returns where each expert last ran, from now on [layers, E]: 1 on a device, 0 on the CPU.
+
+        It is a live view; None if there is no device.
+        """
         if self._is_lent:
             return np.ones(self._residency.shape, np.uint8)
-        watch = getattr(self.cache, "watch", None)  # of tiers
+        watch = getattr(self.cache, "watch", None)  # only `Tiers` has it
         return (
             None
             if watch is None
@@ -206,13 +220,13 @@ class ExpertStore:
         )
 
     def sizes(self, experts: NDArray[np.int32], bits: NDArray[np.int8]) -> NDArray[np.int64]:
-        """Returns the memory of experts at some bits, [n] each; experts as layer * num_experts + expert."""
+        """Returns the bytes of memory that experts take at bits, [n] each; experts as layer * num_experts + expert."""
         return self._level_bytes[np.minimum(self._levels[bits], self._rungs[experts])]
 
     def request(self, plan: Plan) -> Request:
-        """Starts what a plan needs."""
+        """Opens the request of a plan: lowers what it drops, and starts the reads that it needs."""
         if plan.drop is not None and plan.drop_bits is not None:
-            self.cache.close()  # what Ctrl-C may have left open
+            self.cache.close()  # Ctrl-C may have left a request open
             for expert, bits in zip(plan.drop.tolist(), plan.drop_bits.tolist(), strict=True):
                 self.cache.shrink(expert, self._levels[bits])
         ahead = plan.ahead
@@ -229,10 +243,12 @@ class ExpertStore:
         return Request(self.cache, experts, levels)
 
     def ready_groups(self) -> Iterator[list[int]]:
-        """Yields positions of the requested plan as their experts arrive; a group is pinned until the next.
+        """Yields groups of positions in the requested plan as their experts arrive.
+
+        A group stays in memory until the next one is asked for.
 
         Raises:
-            ReadError: a read failed; the request is over and the store usable.
+            ReadError: a read failed. The request is closed, and the store stays usable.
             FormatError: an expert's checksum does not match; likewise.
         """
         left, self._count = self._count, -1
@@ -246,31 +262,32 @@ class ExpertStore:
     def count(
         self, layers: Sequence[int], experts: NDArray[np.int32], levels: NDArray[np.int8]
     ) -> None:
-        """Counts uses by one token of experts that were here, and that nobody asked for.
+        """Counts uses of experts that one token ran without a request, as they were in memory.
 
         Args:
-            experts: [n, K], of each of `layers` [n].
-            levels: [layers * E], at which they ran.
+            layers: [n], their positions among the layers with experts.
+            experts: [n, K], the experts that ran in each of `layers`.
+            levels: [layers * E], the levels at which experts run.
         """
         used = experts + self._first[layers][:, None]
         cast(Any, self.cache).count(used, levels[used])
 
     def lower(self, bits: NDArray[np.int8]) -> None:
-        """Gives back what experts have in memory beyond `bits` [layers * E]; but for what is being read."""
+        """Drops what experts have in memory beyond `bits` [layers * E], except for experts that are being read."""
         self.cache.close()
         levels = np.minimum(self._levels[bits], self._rungs)
         for expert in np.flatnonzero(self._residency.reshape(-1) > levels).tolist():
             self.cache.shrink(expert, int(levels[expert]))
 
     def load(self, experts: NDArray[np.int32], bits: NDArray[np.int8]) -> None:
-        """Brings experts into memory that nothing asked for yet, in their order; does not count as use.
+        """Reads experts into memory in advance, in the given order. Does not count as use.
 
         Args:
-            experts: [n], as layer * num_experts + expert, none twice; together no more than the slots hold.
-            bits: [n]
+            experts: [n], as layer * num_experts + expert, without repeats; together they must fit the budget.
+            bits: [n], the precision of each.
 
         Raises:
-            ReadError: a read failed; the store stays usable, as after Ctrl-C.
+            ReadError: a read failed. The store stays usable, as it does after Ctrl-C.
             FormatError: an expert's checksum does not match; likewise.
         """
         levels = self._levels[bits]
@@ -285,7 +302,7 @@ class ExpertStore:
 
     @property
     def uses(self) -> NDArray[np.float64]:
-        """How much each expert was used [layers, E]: one use of now counts 1, one of 64 tokens ago half. A copy."""
+        """How much each expert was used [layers, E]: a use now counts 1, a use 64 tokens ago 1/2. A copy."""
         return self.cache.uses.reshape(-1, self._num_experts)
 
     @uses.setter
@@ -293,15 +310,15 @@ class ExpertStore:
         self.cache.uses = uses.reshape(-1)
 
     def read_rate(self, threads: int) -> float:
-        """Returns the bytes per second that threads read of the experts in memory now, 0 without any.
+        """Returns the bytes per second at which `threads` threads read the experts now in memory; 0 if there are none.
 
-        Less than some 100 MiB of them partly measure the processor's cache.
+        With less than some 100 MiB of experts, the CPU's caches are measured in part.
         """
         return self.cache.read_rate(threads)
 
     @property
     def progress(self) -> tuple[int, float]:
-        """Bytes read and seconds waited since the start: what an observer is told after every layer."""
+        """Bytes read, and seconds waited for reads, since the start. An observer gets them after every layer."""
         return self.cache.progress
 
     @property

@@ -1,4 +1,4 @@
-"""A file's weights as float32: what the codes of a level mean. For training; nothing runs on these."""
+"""A file's weights dequantised to float32, for training and export. Inference does not use them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Array = NDArray[np.float32]
 
 
 def dense_floats(moe: MoeFile) -> dict[str, Array]:
-    """Returns every tensor outside the routed experts at its highest level, by name.
+    """Returns every dense tensor at its highest level, by name.
 
     Raises:
         FormatError: a checksum does not match.
@@ -36,7 +36,9 @@ def dense_floats(moe: MoeFile) -> dict[str, Array]:
 
 
 def dense_weights(moe: MoeFile, level: int) -> Iterator[tuple[str, Array]]:
-    """Yields the same of a level, each tensor by itself; an embedding that is not the head at its highest, as it runs.
+    """Yields every dense tensor's name and values at a level, one at a time.
+
+    An embedding that is not also the head is given at its highest level, as in inference.
 
     Raises:
         FormatError: a checksum does not match.
@@ -52,10 +54,15 @@ def dense_weights(moe: MoeFile, level: int) -> Iterator[tuple[str, Array]]:
 def checkpoint_weights(
     moe: MoeFile, level: int, dense_level: int
 ) -> Iterator[tuple[str, int, Array]]:
-    """Yields all weights, one tensor at a time, their columns scaled as the checkpoint has them.
+    """Yields all weights, one tensor at a time. If the file's columns were scaled, the scales are undone.
+
+    Args:
+        level: of the experts, in rungs.
+        dense_level: of the dense tensors.
 
     Yields:
-        "experts.LAYER.INDEX.gate" and the like, or a dense tensor's name; INDEX, 0 for these; float32.
+        The name, which is "experts.LAYER.INDEX.gate" and the like or that of a dense tensor; INDEX, or 0 for a dense
+        tensor; and the float32 values.
 
     Raises:
         FormatError: a checksum does not match, or the record is cut short.
@@ -68,16 +75,16 @@ def checkpoint_weights(
         layer, index = divmod(row, config.num_experts)
         for part, values in zip(MATRICES, expert_floats(moe, row, level), strict=True):
             name = f"experts.{config.moe_layers[layer]}.{index}.{part}"
-            if len(values):  # experts may do without gates
+            if len(values):  # experts may have no gate
                 yield name, index, values if scales is None else scales.unfolded(name, values)
 
 
 def expert_floats(moe: MoeFile, row: int, level: int) -> tuple[Array, Array, Array]:
-    """Returns an expert's w_gate [H, D], w_up [H, D] and w_down [D, H].
+    """Returns an expert's w_gate [H, D], w_up [H, D] and w_down [D, H]; w_gate has no rows if experts have no gate.
 
     Args:
         row: layer_index * num_experts + expert, as in `ExpertTable`.
-        level: rungs that are used, if it has them.
+        level: how many rungs to use, or all of them if the expert has fewer.
 
     Raises:
         FormatError: the record is cut short, or a checksum does not match.
@@ -88,7 +95,7 @@ def expert_floats(moe: MoeFile, row: int, level: int) -> tuple[Array, Array, Arr
     shapes = config.expert_shapes
     ladders = list(zip(*ladder, strict=True))
     scheme = moe.scheme
-    # As long as the file's: the first rung holds the basis of the highest rank of all.
+    # Sizes as in the file, whatever `level` is: the first rung holds the basis for the highest rank of all rungs.
     names = [f"experts.{part}" for part in MATRICES]
     sizes = [
         scheme.rung_bytes(*shape, bits, part)

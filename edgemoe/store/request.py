@@ -1,4 +1,4 @@
-"""What a plan asked of the store."""
+"""A plan's request to the store."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ __all__ = ["Request"]
 
 @dataclass(slots=True)
 class Request:
-    """A plan's experts under way, or here: what operations find their weights by."""
+    """The experts that a plan asked for, in memory or being read. Operations find their weights by it."""
 
     slots: _core.Cache
-    """Where they lie; the operations of the device that made it know what it is."""
+    """The cache that holds them; with a device it may be `Tiers`, which only its operations look into."""
     experts: NDArray[np.int32]
     """[n], as the file numbers them, in the plan's order."""
     levels: NDArray[np.int8]
-    """[n]"""
+    """[n], the level that each runs at."""
     projected: Any = None
-    """What operations made of the tokens for the corrections of all groups; theirs alone."""
+    """Scratch of the operations: the tokens projected for the low-rank corrections of all groups."""

@@ -1,8 +1,8 @@
-"""Experts in a device's memory, over those in the host's, over the file.
+"""Experts in three tiers: a device's memory, the host's memory, and the file.
 
-An expert that the device has needs no room in the host's memory and no read. One that it lacks is run by the host, from
-its own memory, and may be copied to the device behind the computing: where an expert runs never changes what comes out.
-What both have is the first that the host drops.
+An expert that the device has needs no room in the host's memory and no read. An expert that it lacks is run by the host
+from its own memory, and may be copied to the device ("promoted") while other work is done. Where an expert runs never
+changes the result. Experts that both have are the first that the host drops.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from edgemoe.store.uses import Uses
 
 __all__ = ["Tiers"]
 
-_PROMOTED = 2  # experts of a request that are copied to the device at most: more would delay those that it has
-_GAIN = 1.2  # by how much one must be used more than the one whose place it takes on a full device
-_FILLED = 64  # experts that are copied at once before there is anything to compute
+_PROMOTED = 2  # the most experts of a request to promote; more would delay the work of those already on the device
+_GAIN = 1.2  # on a full device, the least ratio of an expert's uses to those of the one it replaces
+_FILLED = 64  # experts that `fill` copies at a time
 
 
 class Tiers:
-    """Is a `_core.Cache` in the host's memory and one on a device, with the interface of one. One thread at a time."""
+    """A cache in the host's memory and one on a device, with the interface of a `_core.Cache`. One thread at a time."""
 
     def __init__(
         self,
@@ -36,24 +36,26 @@ class Tiers:
         rates: Rates | None = None,
     ) -> None:
         """Args:
-        num_layers: of how many layers requests come in turn.
-        stream: by which experts pass through the device, if there is room for that.
-        rates: by which they do.
+        num_layers: the number of layers with experts; requests come for each in turn.
+        stream: passes experts through the device without keeping them there; None if there is no room for that.
+        rates: decides which experts pass.
         """
         self.host, self.device = host, device
         self.stream, self.rates = stream, rates
         self.streamed = 0
-        """Uses of experts that passed through the device."""
+        """How many experts have passed through the device, counted once for each use."""
         self.residency: NDArray[np.int8] = np.maximum(host.residency, device.residency)
-        """The higher level of both: a live view for others."""
+        """[experts], the higher of the levels on host and device: a live view for others."""
         self._ran_there: NDArray[np.uint8] | None = None
         self.is_there = False
-        """The group that `next` gave last is the device's."""
+        """Whether the group that `next` last gave is on the device."""
         self._there: NDArray[np.int64] | None = np.empty(0, np.int64)
-        """Positions that are the device's; None for all."""
+        """Positions of the request whose experts are on the device; None for all."""
         self._here = np.empty(0, np.int64)
+        """The other positions, whose experts the host has or reads."""
         self._count = 0
         self._given = True
+        """Whether `next` has given the device's group."""
         self._is_open = False
         self._levels_of = host.levels
         self._promoted = np.empty(0, np.int32)
@@ -63,10 +65,10 @@ class Tiers:
         self.sizes: NDArray[np.int64] = np.array(
             [host.slot_bytes(i) for i in range(host.max_level + 1)]
         )
-        # A slot takes the same, whatever the level of what lies there.
+        # A slot on the device takes the same memory for every level.
         self._num_slots = device.stats["budget_bytes"] // device.slot_bytes(1)
         self.used = Uses(num_layers, len(self.residency))
-        """By these the device drops, which would know those of its own only."""
+        """Uses on host and device. The device drops experts by these, as its own counts lack the host's uses."""
         device.set_policy(self.used.order)
 
     def ask(
@@ -96,7 +98,7 @@ class Tiers:
         ahead: NDArray[np.int32] | None = None,
         ahead_levels: NDArray[np.int8] | None = None,
     ) -> None:
-        """See `_core.Cache.begin`; what the device has is not wanted of the host."""
+        """See `_core.Cache.begin`; the host is not asked for experts that the device has."""
         counts = offsets[1:] - offsets[:-1]
         there = self.device.residency[experts] >= levels
         self._count, self._is_open = len(experts), True
@@ -105,17 +107,18 @@ class Tiers:
         self.used.count(experts, counts, num_tokens)
         self._ran, self._ran_levels = self._ran[:0], self._ran_levels[:0]
         if len(self._promoted):
-            self._promote(self.device.residency[self._promoted] < self._levels)  # the rest is there
+            # The others have been copied.
+            self._promote(self.device.residency[self._promoted] < self._levels)
         if ahead is None and not len(self._promoted) and there.all():  # the host has nothing to do
             self._there, self._given = None, not len(experts)
             self.device.begin(experts, levels, offsets, num_tokens)
             return
         self._there, self._here = np.flatnonzero(there), np.flatnonzero(~there)
         self._given = len(self._there) == 0
-        # Others left the host's memory again.
+        # Experts that have left the host's memory since can no longer be copied.
         self._promote(self.host.residency[self._promoted] >= self._levels)
         self._promote(self._admitted(self._promoted, experts[self._there]))
-        # First, as it copies from the host's memory what is there now.
+        # The device first: it copies experts that are in the host's memory now, and the host may then drop some.
         self.device.begin(
             *_some(experts, levels, counts, self._there), num_tokens,
             ahead=self._promoted, ahead_levels=self._levels,
@@ -132,11 +135,11 @@ class Tiers:
 
     @property
     def is_settled(self) -> bool:
-        """Whether no request is open and nothing on its way to the device, so that it may run what it has."""
+        """Whether no request is open and no copy to the device is under way, so that it may run what it has."""
         return not self._is_open and not len(self._promoted)
 
     def next(self) -> list[int]:
-        """See `_core.Cache.next`; a group is all the device's or all the host's, as `is_there` says."""
+        """See `_core.Cache.next`; a group is all on the device or all on the host, as `is_there` says."""
         if not self._given:
             self._given = self.is_there = True
             group = self.device.next()
@@ -151,7 +154,7 @@ class Tiers:
         return [int(self._here[i]) for i in self.host.next()]
 
     def close(self) -> None:
-        """See `_core.Cache.close`; chooses what of the host's experts the device gets."""
+        """See `_core.Cache.close`; then chooses which of the host's experts to promote."""
         if not self._is_open:
             return
         self._is_open = False
@@ -167,17 +170,17 @@ class Tiers:
         np.maximum(self.host.residency, self.device.residency, out=self.residency)
 
     def _promote(self, keep: NDArray[np.bool_]) -> None:
-        """Leaves those of what is promoted."""
+        """Keeps only some of the experts that are to be promoted."""
         self._promoted, self._levels = self._promoted[keep], self._levels[keep]
 
     def count(self, experts: NDArray[np.int32], levels: NDArray[np.int8]) -> None:
-        """See `_core.Cache.count`: of some layers' experts [n, K] that the device ran by itself."""
+        """See `_core.Cache.count`; for experts [n, K] of n layers that the device ran without a request."""
         self.device.count(experts.reshape(-1), levels.reshape(-1))
         self.used.scores[experts] += self.used.unit
         self.used.advance(experts[:, 0], len(experts))
 
     def _choose(self) -> None:
-        """Chooses what is promoted: of what the host ran, what is used most."""
+        """Chooses what to promote: of the experts that the host has just run, those that are used most."""
         ran, levels = self._ran, self._ran_levels
         self._ran, self._ran_levels = ran[:0], levels[:0]
         if not len(ran):
@@ -187,10 +190,10 @@ class Tiers:
         self._promoted, self._levels = ran[order], levels[order]
 
     def _admitted(self, experts: NDArray[np.int32], wanted: NDArray[np.int32]) -> NDArray[np.bool_]:
-        """Returns which of some experts may be on the device: those that have a place there, or get one.
+        """Returns which of some experts may be on the device: those that have a slot there, or may take one.
 
         Args:
-            wanted: what must stay there.
+            wanted: experts whose slots may not be taken, as the request needs them.
         """
         out = self.device.residency[experts] > 0
         free = self._num_slots - self.device.taken_slots
@@ -211,7 +214,10 @@ class Tiers:
         return out
 
     def _make_room(self, experts: NDArray[np.int32], levels: NDArray[np.int8]) -> None:
-        """Drops what the device has too from the host's memory, as far as what is to be read there has no room."""
+        """Makes room in the host's memory for reads, by dropping experts that the device has too.
+
+        Drops only as many as the reads need, the least used first.
+        """
         has = self.host.residency[experts]
         lacks = has < levels
         if not lacks.any():
@@ -231,7 +237,10 @@ class Tiers:
                 need -= size
 
     def fill(self, levels: NDArray[np.int8]) -> None:
-        """Copies all experts to the device at `levels`, if it has room for all, through the host's memory.
+        """Copies all experts to the device, through the host's memory, if it has room for all. Otherwise does nothing.
+
+        Args:
+            levels: [experts], the level of each.
 
         Raises:
             ReadError: a read failed.
@@ -253,7 +262,7 @@ class Tiers:
                         pass
                 finally:
                     cache.close()
-            for expert in part.tolist():  # which nobody will ask the host for
+            for expert in part.tolist():  # the host will not need these
                 self.host.shrink(expert, 0)
         self._look()
 
@@ -270,7 +279,15 @@ class Tiers:
         offsets: NDArray[np.int32],
         group: list[int],
     ) -> tuple[list[int], list[int]]:
-        """Returns which of a group of the host's pass through the device, and which the processor runs."""
+        """Splits a group of the host's experts into those that pass through the device and those that the CPU runs.
+
+        Args:
+            experts, levels, offsets: of the request and its plan.
+            group: positions in the request.
+
+        Returns:
+            The positions of both.
+        """
         if self.stream is None or self.rates is None:
             return [], group
         at = np.array(group)
@@ -281,7 +298,7 @@ class Tiers:
             self._ran_there[experts[at[goes]]] = 1
         return at[goes].tolist(), at[~goes].tolist()
 
-    # ------------------------------------------------------------ of one or of both
+    # ------------------------------------------------------------ the host's cache, or both caches
 
     def shrink(self, expert: int, level: int) -> bool:
         """See `_core.Cache.shrink`."""
@@ -291,49 +308,49 @@ class Tiers:
         return shrunk
 
     def set_budget(self, bytes: int) -> None:
-        """See `_core.Cache.set_budget`: the host's."""
+        """See `_core.Cache.set_budget`; for the host's cache."""
         self.host.set_budget(bytes)
         self._look()
 
     def keep(self, level: int) -> None:
-        """See `_core.Cache.keep`: the host's."""
+        """See `_core.Cache.keep`; for the host's cache."""
         self.host.keep(level)
 
     def set_policy(self, policy: str | Priorities) -> None:
-        """See `_core.Cache.set_policy`: the host's."""
+        """See `_core.Cache.set_policy`; for the host's cache."""
         self.host.set_policy(policy)
 
     def slot_bytes(self, level: int) -> int:
-        """See `_core.Cache.slot_bytes`: the host's."""
+        """See `_core.Cache.slot_bytes`; of the host's cache."""
         return self.host.slot_bytes(level)
 
     def read_rate(self, threads: int) -> float:
-        """See `_core.Cache.read_rate`: the host's."""
+        """See `_core.Cache.read_rate`; of the host's cache."""
         return self.host.read_rate(threads)
 
     def check_integrity(self) -> None:
-        """Raises what either says of its books."""
+        """Raises an error if the books of either cache do not agree."""
         self.host.check_integrity()
         self.device.check_integrity()
 
     @property
     def reads(self) -> NDArray[np.uint32]:
-        """See `_core.Cache.reads`: the host's, which reads."""
+        """See `_core.Cache.reads`; of the host's cache, as only that reads the file."""
         return self.host.reads
 
     @property
     def runs(self) -> NDArray[np.uint32]:
-        """See `_core.Cache.runs`: of both together."""
+        """See `_core.Cache.runs`; the sum of both caches."""
         return self.host.runs + self.device.runs
 
     @property
     def lacks(self) -> NDArray[np.uint32]:
-        """See `_core.Cache.lacks`: the host's, which reads."""
+        """See `_core.Cache.lacks`; of the host's cache, as only that reads the file."""
         return self.host.lacks
 
     @property
     def uses(self) -> NDArray[np.float64]:
-        """See `_core.Cache.uses`: of both together."""
+        """See `_core.Cache.uses`; the sum of both caches."""
         return self.host.uses + self.device.uses
 
     @uses.setter
@@ -344,12 +361,12 @@ class Tiers:
 
     @property
     def progress(self) -> tuple[int, float]:
-        """See `_core.Cache.progress`: the host's, which reads."""
+        """See `_core.Cache.progress`; of the host's cache, as only that reads the file."""
         return self.host.progress
 
     @property
     def stats(self) -> dict[str, Any]:
-        """See `_core.Cache.stats`; hits, uses and bits of both, and what the device did by itself."""
+        """See `_core.Cache.stats`; the host's, with the hits and bits of both, and counters of the device alone."""
         out, there = self.host.stats, self.device.stats
         out["hits"] += there["hits"]
         out["bits"] += there["bits"]
@@ -366,7 +383,7 @@ def _some(
     counts: NDArray[np.int32],
     at: NDArray[np.int64],
 ) -> tuple[NDArray[np.int32], NDArray[np.int8], NDArray[np.int32]]:
-    """Returns the wish for some positions of another: experts, levels, offsets."""
+    """Returns experts, levels and offsets of a request for the positions `at` of another."""
     offsets = np.zeros(len(at) + 1, np.int32)
     np.cumsum(counts[at], out=offsets[1:])
     return experts[at], levels[at], offsets
