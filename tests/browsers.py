@@ -1,4 +1,4 @@
-"""A real browser for tests of the page, if there is one here."""
+"""A real browser for tests of the page, if one is installed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FLAGS = (
 
 
 def chromium():
-    """The program; skips the test where it or what drives it is missing."""
+    """Returns the program; skips the test if it, or the library that drives it, is missing."""
     pytest.importorskip("playwright", reason='no playwright: pip install "edgemoe[page-test]"')
     program = next(filter(None, map(shutil.which, NAMES)), None)
     if program is None:
@@ -25,7 +25,7 @@ def chromium():
 
 @contextlib.contextmanager
 def browser():
-    """A browser without windows."""
+    """Starts a headless browser."""
     program = chromium()
     from playwright.sync_api import sync_playwright
 
@@ -36,7 +36,7 @@ def browser():
 
 
 class Seen:
-    """Is a page, and what must not happen on it: errors, and requests elsewhere."""
+    """A page in a context of its own, and what went wrong on it: errors, and requests to other hosts."""
 
     def __init__(self, found, url, **how):
         self.context = found.new_context(**{"viewport": {"width": 1280, "height": 860}, **how})
@@ -49,7 +49,7 @@ class Seen:
         self.page.goto(url + "/", wait_until="domcontentloaded")
 
     def _console(self, message):
-        # What the server refuses is an answer, not a fault of the page.
+        # A request that the server refuses is answered; that is no fault of the page.
         if message.type == "error" and "the server responded with" not in message.text:
             self.wrong.append(message.text)
 
@@ -63,7 +63,7 @@ class Seen:
 
 @contextlib.contextmanager
 def seen(found, url, **how):
-    """A page of its own."""
+    """Opens a page, and checks at the end that nothing went wrong on it."""
     it = Seen(found, url, **how)
     try:
         yield it.page

@@ -9,7 +9,7 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).parent))
-# What is measured there under a limit is tested here; last, as some are named like modules of Python.
+# Tests use some of the benchmarks' modules. Last in the path, as some of them have the names of standard modules.
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 import hypothesis
@@ -19,7 +19,7 @@ from edgemoe import _core
 
 hypothesis.settings.register_profile("same", derandomize=True)  # the same cases every time
 hypothesis.settings.load_profile("same")
-# What is started in the background ignores Ctrl-C, and so would the programs that tests interrupt.
+# A process started in the background ignores Ctrl-C, and so would the programs that it starts and that tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -34,7 +34,7 @@ def isa(request):
 
 @pytest.fixture
 def isas():
-    """Returns the names of all that this processor has; the one in use comes back afterwards."""
+    """The names of all instruction sets of this processor. The one in use is restored afterwards."""
     before = _core.isa()
     yield _core.usable_isas().split()
     _core.use_isa(before)

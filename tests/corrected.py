@@ -1,4 +1,4 @@
-"""`.moe` files with corrections of low rank, and calibrations that know products of all inputs."""
+"""`.moe` files with low-rank corrections, and calibrations that have the products of all inputs."""
 
 from __future__ import annotations
 
@@ -20,11 +20,17 @@ RANKS = {
 
 
 def products(rng, cols, count=(), *, few=False, uneven=False):
-    """Sums of x xᵀ over 400 inputs of which some directions hold most, or a few all but nothing, or some columns."""
+    """Returns the sum of x xᵀ over 400 random inputs x, whose strength falls off over orthogonal directions.
+
+    Args:
+        count: leading dimensions: so many sums.
+        few: a few directions hold nearly everything.
+        uneven: the strength differs by column instead.
+    """
     strength = np.exp(-np.arange(cols) / (1 if few else 6)) + (0.01 if few else 0.1)
     mixing = np.linalg.qr(rng.standard_normal((cols, cols)))[0] * strength[:, None]
     x = rng.standard_normal((*count, 400, cols)) @ mixing
-    if uneven:  # the same for all of so many columns
+    if uneven:  # in the same way for all inputs with so many columns
         x = rng.standard_normal(x.shape) * np.random.default_rng(cols).permutation(
             np.geomspace(0.02, 4, cols)
         )
@@ -35,9 +41,9 @@ def calibrated(path, config, *, leaving=(), more=(), **kind):
     """Writes a calibration of random inputs and returns it.
 
     Args:
-        leaving: names of tensors that it shall not have.
-        more: other inputs that it shall have, and their widths.
-        kind: as for `products`.
+        leaving: names of tensors to leave out.
+        more: further inputs, and their widths.
+        kind: keyword arguments of `products`.
     """
     rng = np.random.default_rng(3)
     tensors = {}
@@ -61,7 +67,7 @@ def calibrated(path, config, *, leaving=(), more=(), **kind):
 
 
 def convert_corrected(source, path, *, ranks=None, **options):
-    """Converts with the corrections `RANKS`, or others, by a calibration beside the file; returns the path."""
+    """Converts with corrections of `RANKS` or `ranks`, by a calibration written next to the file; returns the path."""
     config = SourceModel(source).config
     calibration = calibrated(path.with_suffix(".calib"), config)
     scheme = replace(SCHEMES["nested"], correction=RANKS if ranks is None else ranks)

@@ -26,7 +26,7 @@ REFERENCES: Mapping[str, Any] = {
     "mxfp4": reference_float4.MXFP4,
     "nvfp4": reference_float4.NVFP4,
 }
-"""What decodes the rungs of a matrix, by its scheme."""
+"""By scheme, the function that decodes the rungs of a matrix."""
 
 
 class Decoded:
@@ -34,11 +34,11 @@ class Decoded:
 
     config: ModelConfig
     tensors: Mapping[str, Array]
-    """By the names of `edgemoe.config.dense_tensors`."""
+    """The dense tensors, by the names of `edgemoe.config.dense_tensors`."""
 
     def __init__(self, path: Path, *, without: str = "") -> None:
         """Args:
-        without: the kind of matrix whose corrections are left out.
+        without: a kind of matrix; the corrections of such matrices are left out.
         """
         self._without = without
         self._moe = moe = open_moe(path)
@@ -59,7 +59,7 @@ class Decoded:
     def expert(
         self, layer: int, index: int, level: int | None = None
     ) -> tuple[Array, Array, Array]:
-        """Returns gate [H, D], up [H, D] and down [D, H], of the first rungs or of all."""
+        """Returns gate [H, D], up [H, D] and down [D, H], from the first rungs or from all."""
         key = layer, index, level
         if key not in self._experts:
             self._experts[key] = self._read_expert(layer, index, level)

@@ -1,4 +1,4 @@
-"""`.moe` files whose index says something else, with all sums right."""
+"""`.moe` files with an edited index and correct checksums."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from edgemoe.file.format import PREAMBLE, pack_preamble
 
 
 def edit(data, change):
-    """Returns the file with an index that `change` was applied to, all sums right."""
+    """Returns the file with `change` applied to its index, and correct checksums."""
     _, _, _, _, offset, length, _ = PREAMBLE.unpack(data[:64])
     index = json.loads(data[offset : offset + length])
     index = change(index) or index
@@ -19,7 +19,7 @@ def edit(data, change):
 
 
 def setter(*path):
-    """Returns a change: the value that comes last, put where the keys before it lead."""
+    """Returns a change that sets a value; the arguments are the keys that lead to it, and then the value."""
     *way, last, value = path
 
     def change(index):

@@ -1,4 +1,4 @@
-"""Engines and caches of an exact size, and requests of them."""
+"""Engines and caches of an exact size, and requests to them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ GREEDY = edgemoe.SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
 
 
 def with_slots(monkeypatch, num_bytes, chunk=None):
-    """Gives the expert cache exactly `num_bytes`, or what that says of a budget, and prompts a chunk size."""
+    """Gives the expert cache exactly `num_bytes`, or `num_bytes(budget)` if it is a function.
+
+    Args:
+        chunk: the chunk size of prompts; None leaves the budget's.
+    """
     real = Budget.divide.__func__
 
     def divide(cls, moe, **kwargs):
@@ -34,7 +38,7 @@ def begin(cache, experts, levels, ahead=(), ahead_levels=()):
 
 
 def logits_in_turn(engine, ids):
-    """The bytes of the logits of two sequences that decode eight tokens of `ids` in turn, then one together."""
+    """Returns the logits, as bytes, of two sequences that decode eight tokens of `ids` in turn, then one together."""
     model, out = engine.model, []
     states = [model.make_state() for _ in range(2)]
     rows = np.empty((2, model.config.vocab_size), np.float32)

@@ -15,7 +15,7 @@ Tensors = dict[str, torch.Tensor]
 
 
 def release(path: Path) -> Tensors:
-    """Writes a tiny one with random experts to the directory `path`; returns these as transformers decodes them."""
+    """Writes a tiny checkpoint to the directory `path`; returns its random experts as transformers decodes them."""
     families.make("gpt_oss", path, dtype=torch.bfloat16)
     packed: Tensors = {}
     plain: Tensors = {}

@@ -1,4 +1,4 @@
-"""A hub on a loopback port: serves folders as Hugging Face's does, with range requests, and fails when told to."""
+"""A hub on a loopback port: serves folders as Hugging Face's hub does, with range requests, and fails on demand."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ _LFS = (".safetensors", ".gguf")
 
 
 class Hub:
-    """Serves `root`/user/repo. What a test changes here acts on the next request."""
+    """A hub that serves the folders `root`/user/repo. Attributes that a test changes act on the next request."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self.answer: Callable[[str], tuple[int, dict[str, str]] | None] = lambda path: None
-        """Given a path, returns a status and headers to refuse it with, or None."""
+        """For a path, returns a status and headers to refuse the request with, or None to serve it."""
         self.cut: dict[str, int] = {}
-        """By file name: bytes after which the connection is closed, each time."""
+        """By file name, the bytes after which the connection is closed, each time."""
         self.swap: dict[str, bytes] = {}
-        """By file name: bytes that are sent in place of the file's first ones."""
+        """By file name, bytes to send in place of the file's first ones."""
         self.rate: float | None = None
         """Bytes per second; None for no limit."""
         self.token = ""
-        """What must be sent; "" for anything."""
+        """The token that requests must send; "" accepts any."""
         self.requests: list[tuple[str, str, str]] = []
-        """Method, path and range of every request."""
+        """The method, path and range of every request."""
         self.sent: dict[str, int] = {}
-        """Bytes of every file."""
+        """By file, the bytes sent."""
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
         self._server.hub = self
         self._server.daemon_threads = True
-        self._server.handle_error = lambda *_: None  # a client that was killed is none
+        self._server.handle_error = lambda *_: None  # a killed client is no error
         self.url = f"http://127.0.0.1:{self._server.server_port}"
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
         self._thread.start()
@@ -51,14 +51,14 @@ class Hub:
         self._thread.join()
 
     def commit(self, repo: str) -> str:
-        """A sum of names, sizes and times."""
+        """Returns the commit of a repository: a hash of its files' names, sizes and times."""
         files = sorted(p for p in (self.root / repo).rglob("*") if p.is_file())
         text = " ".join(f"{p.name} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in files)
         return hashlib.sha1(text.encode()).hexdigest()
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """Answers one connection of `server.hub`."""
+    """The handler of one connection to `server.hub`."""
 
     protocol_version = "HTTP/1.1"
 
@@ -142,7 +142,7 @@ class _Handler(BaseHTTPRequestHandler):
         for at in range(0, len(content), step):
             try:
                 self.wfile.write(content[at : at + step])
-            except OSError:  # nobody reads any more
+            except OSError:  # the client is gone
                 self.close_connection = True
                 return
             self.hub.sent[name] = self.hub.sent.get(name, 0) + len(content[at : at + step])

@@ -1,4 +1,4 @@
-"""What a planted mistake is."""
+"""The type of a planted mistake."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["Mutation"]
 
 @dataclass(frozen=True)
 class Mutation:
-    """Is one mistake: in `file`, `old`, which is there exactly once, becomes `new`."""
+    """A planted mistake: in `file`, the text `old`, which occurs exactly once, is replaced by `new`."""
 
     area: str
     name: str
@@ -17,6 +17,6 @@ class Mutation:
     old: str
     new: str
     tests: tuple[str, ...]
-    """Files or tests of pytest, or one of the core's own programs."""
+    """The tests that should notice it: files or tests of pytest, or test programs of the core."""
     survives: str = ""
-    """Why no test can notice it; empty where one must."""
+    """Why no test can notice it; empty if one must."""

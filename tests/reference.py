@@ -1,7 +1,7 @@
-"""A slow, obvious decoder in numpy: what every fast path is compared with.
+"""A slow, obvious decoder in numpy, with which every fast path is compared.
 
-It reads a `ModelConfig` and the tensors of `edgemoe.config.dense_tensors`, whole sequences at a
-time, without a cache, and knows nothing of families, quantisation or budgets.
+It takes a `ModelConfig` and the tensors of `edgemoe.config.dense_tensors`. It computes whole sequences at a time,
+without a cache, and knows nothing of families, quantisation or budgets.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ def logits(
     """Runs the model on one sequence.
 
     Args:
-        gates: gets those of each layer's experts, in ascending order of these, [T, K].
+        gates: a dict that gets the gates of each layer, [T, K], in ascending order of their experts.
 
     Returns:
-        The logits [T, V], and per layer with experts those chosen, [T, K], best first.
+        The logits [T, V], and for each layer with experts those chosen, [T, K], best first.
     """
 
     def tensor(name: str) -> Array:
@@ -137,7 +137,7 @@ def route(
 
 
 def mix(spec: MixerSpec, layer: Mapping[str, Array], turns: Mapping[str, Array], x: Array) -> Array:
-    """Mixes the tokens of the sequence x [T, D]; `turns` are the model's tables of frequencies."""
+    """Mixes the tokens of the sequence x [T, D]; `turns` has the model's RoPE frequencies, by the tensors' names."""
     if isinstance(spec, AttentionSpec):
         return attention(spec, layer, turns, x)
     if isinstance(spec, DeltaSpec):
@@ -313,7 +313,7 @@ def softmax(x: Array) -> Array:
 
 
 def as_stored(x: Array, kind: str) -> Array:
-    """Rounds keys or values [T, heads, head_dim] to a type of the KV cache."""
+    """Rounds keys or values [T, heads, head_dim] as a type of the KV cache does."""
     if kind.startswith("f"):
         return x.astype(np.float16 if kind == "f16" else np.float32).astype(np.float64)
     out = np.empty(x.shape)
@@ -331,7 +331,7 @@ def as_stored(x: Array, kind: str) -> Array:
 
 
 def _as_packed(part: Array, bits: int) -> Array:
-    """Rounds groups [..., 32] to codes of a few bits: of 8 scales each takes the one with the least squared error."""
+    """Rounds groups [..., 32] to codes of a few bits; each takes the one of 8 scales with the least squared error."""
     step, lowest, shares = {
         2: (2, 3, [1, 0.9, 0.8, 0.7, 0.85, 0.75, 0.65, 0.95]),
         3: (1, 4, [1, 0.9, 0.84, 1.08, 0.94, 1.22, 0.78, 1.04]),

@@ -1,4 +1,4 @@
-"""Corrections of low rank in plain numpy: the slow, obvious version that the kernels must agree with."""
+"""Low-rank corrections in plain numpy: the slow, obvious version that the kernels must agree with."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ def basis_bytes(cols, rank):
 
 
 def read_basis(data, rank, cols):
-    """V [rank, cols], whole numbers as floats."""
+    """Returns V [rank, cols], integers as floats."""
     padded = -(-cols // 64) * 64
     codes = np.frombuffer(bytes(data[: rank * padded]), np.int8)
     return codes.reshape(rank, padded)[:, :cols].astype(float)
 
 
 def read_factor(data, rows, rank, units):
-    """A [rows, rank]; units [rows] are the steps of a code at the level."""
+    """Returns A [rows, rank]; units [rows] are the steps of a code at the level."""
     u = np.frombuffer(bytes(data[:64]), "<f2").astype(float)
     out = np.zeros((rows, rank))
     row = np.arange(rows)
@@ -34,9 +34,11 @@ def read_factor(data, rows, rank, units):
 
 
 def decode_rungs(rungs, widths, rows, cols, ranks, row_scales=(1,), basis=None, *, is_whole=True):
-    """W + A V of a prefix of rungs, float64 [rows, cols]; W alone unless `is_whole`.
+    """Returns W + A V from a prefix of rungs, float64 [rows, cols]; W alone unless `is_whole`.
 
-    ranks are those of the whole ladder; basis is V's bytes where they lie elsewhere.
+    Args:
+        ranks: those of the whole ladder.
+        basis: the bytes of V, if they are not in the first rung.
     """
     rungs = [np.asarray(rung, np.uint8) for rung in rungs]
     most, last = max(ranks), len(widths) - 1
@@ -57,6 +59,9 @@ def decode_rungs(rungs, widths, rows, cols, ranks, row_scales=(1,), basis=None, 
 
 
 def units_of(plain, widths, rows, row_scales):
-    """The step of a level's code in a group of relative scale 1, [rows]; R is that of the last rung that has one."""
+    """Returns the step of a level's code in a group of relative scale 1, [rows].
+
+    It comes from the row scales of the last rung that has some.
+    """
     last = max(r for r, has in enumerate(row_scales[: len(plain)]) if has)
     return plain[last][: 2 * rows].view("<f2").astype(float) / 4096 * 2.0 ** (8 - sum(widths))

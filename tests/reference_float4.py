@@ -1,4 +1,4 @@
-"""Floats of 4 bits in plain Python: the slow, obvious version of codes and layout."""
+"""4-bit floats in plain Python: the slow, obvious version of codes and layout."""
 
 from __future__ import annotations
 

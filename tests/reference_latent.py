@@ -1,4 +1,4 @@
-"""Multi-head latent attention in float64, in the form of the paper (arXiv 2405.04434) and in the absorbed one."""
+"""Multi-head latent attention in float64, in the form of the paper (arXiv 2405.04434) and in the absorbed form."""
 
 from __future__ import annotations
 
@@ -9,7 +9,17 @@ Array = NDArray[np.float64]
 
 
 def attend(q: Array, k: Array, v: Array, scale: float) -> Array:
-    """Causal: q [T, H, d], k [T, d], v [T, dv], one for all heads, or [T, H, …], one for each. Returns [T, H, dv]."""
+    """Causal attention.
+
+    Args:
+        q: [T, H, d].
+        k: [T, d] for all heads, or [T, H, d] for each.
+        v: [T, dv] for all heads, or [T, H, dv] for each.
+        scale: of scores.
+
+    Returns:
+        [T, H, dv].
+    """
     k, v = (a if a.ndim == 3 else np.repeat(a[:, None], q.shape[1], 1) for a in (k, v))
     out = np.empty((*q.shape[:2], v.shape[2]))
     for t, h in np.ndindex(q.shape[:2]):
@@ -20,13 +30,13 @@ def attend(q: Array, k: Array, v: Array, scale: float) -> Array:
 
 
 def naive(q: Array, latents: Array, turned: Array, k_b: Array, v_b: Array, scale: float) -> Array:
-    """Every head has keys and values of its own.
+    """The form of the paper: every head has keys and values of its own.
 
     Args:
-        q: [T, H, nope + rope], turned.
+        q: [T, H, nope + rope], rotated.
         latents: [T, latent], normed.
-        turned: [T, rope], what all heads' keys have behind theirs.
-        k_b: [H, latent, nope], transposed: a head's key is what it makes of a latent.
+        turned: [T, rope], the rotated columns that end the keys of all heads.
+        k_b: [H, latent, nope]; its transpose makes a head's key from a latent.
         v_b: [H, value, latent].
         scale: of scores.
 
@@ -41,7 +51,7 @@ def naive(q: Array, latents: Array, turned: Array, k_b: Array, v_b: Array, scale
 def absorbed(
     q: Array, latents: Array, turned: Array, k_b: Array, v_b: Array, scale: float
 ) -> Array:
-    """The same with queries and values brought to the latents' columns."""
+    """The absorbed form: queries are projected to the latents' columns, and outputs from them."""
     nope = k_b.shape[2]
     queries = [np.einsum("thn,hcn->thc", q[..., :nope], k_b), q[..., nope:]]
     keys = np.concatenate([latents, turned], 1)

@@ -9,7 +9,7 @@ GROUP = 128
 
 
 def strip(rung):
-    """Columns that share 64 bytes of scales."""
+    """Returns how many columns share 64 bytes of scales."""
     return GROUP if rung == 0 else 2 * GROUP
 
 
@@ -48,7 +48,7 @@ def half(x):
 
 
 def base(w, bits, moments):
-    """A row's group at the base: the best of 21 ranges around its middle."""
+    """Quantises a row's group at the base: with the best of 21 ranges around its middle."""
     top, best, least = 2**bits - 1, None, np.inf
     for shrink in np.linspace(1, 0.5, 21) if moments is not None else [1.0]:
         s = half((w.max() - w.min()) * shrink / top)
@@ -61,7 +61,7 @@ def base(w, bits, moments):
 
 
 def plane(rest, moments):
-    """A row's group of signs times the scale of least squares."""
+    """Quantises a row's group in a further rung: signs times their least-squares scale."""
     sign = np.where(rest >= 0, 1.0, -1.0)
     m = np.eye(len(rest)) if moments is None else moments
     return sign * half((sign @ m @ rest) / (sign @ m @ sign))
@@ -70,7 +70,7 @@ def plane(rest, moments):
 def levels(w, ladder, moments=None, compensated=-1):
     """Returns the weights at each level [levels, rows, cols].
 
-    What a group loses is made up for by the least squares of the columns after it, without any factorisation.
+    The error of a group is compensated in the columns after it, by least squares without any factorisation.
     """
     w, cols = np.asarray(w, np.float64), w.shape[1]
     damped = None if moments is None else moments + 0.01 * np.diag(moments).mean() * np.eye(cols)
@@ -87,7 +87,7 @@ def levels(w, ladder, moments=None, compensated=-1):
             target[:, after] += lost @ across @ np.linalg.inv(rest)
 
     out = np.zeros((len(ladder), *w.shape))
-    if compensated is None:  # as printed
+    if compensated is None:  # as the paper prints it
         for k in range(len(ladder)):
             target = w - out[k - 1] if k else w.copy()
             for g in groups:

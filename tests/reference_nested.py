@@ -18,7 +18,7 @@ def rung_bytes(rows, cols, width, rung, row_scales=(1,)):
 
 
 def unpack(rungs, widths, rows, cols, row_scales=(1,)):
-    """Returns codes [rows, cols] of sum(widths) bits, and steps and middles [rows, groups] of 16 columns, float64.
+    """Returns codes [rows, cols] of sum(widths) bits, and float64 steps and middles [rows, groups of 16 columns].
 
     At 8 bits, w = step * (code + 0.5 + middle).
     """
@@ -60,7 +60,7 @@ def unpack(rungs, widths, rows, cols, row_scales=(1,)):
 
 
 def decode(codes, steps, middles, bits):
-    """w = step * ((code + 0.5) * 2^(8 - bits) + middle), in float64."""
+    """Returns w = step * ((code + 0.5) * 2^(8 - bits) + middle), in float64."""
     cols = codes.shape[1]
     u = (codes.astype(np.float64) + 0.5) * 2.0 ** (8 - bits)
     return (u + np.repeat(middles, GROUP, axis=1)[:, :cols]) * np.repeat(steps, GROUP, axis=1)[
@@ -74,7 +74,7 @@ def decode_rungs(rungs, widths, rows, cols, row_scales=(1,)):
 
 
 def quantize_rows(x):
-    """8-bit activations per row and 32 columns, decoded to float64."""
+    """Quantises activations to 8 bits, with a scale per row and 32 columns; returns them decoded to float64."""
     x = np.asarray(x, np.float32)
     pad = -x.shape[1] % COLS
     groups = np.pad(x, ((0, 0), (0, pad))).reshape(x.shape[0], -1, 32)

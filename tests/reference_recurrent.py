@@ -18,7 +18,7 @@ def softplus(x):
 
 
 def short_conv(x, weight, bias, tail, *, with_silu):
-    """x [T, C], weight [taps, C], tail [taps - 1, C]; returns what comes out and the next tail."""
+    """Convolves x [T, C] by weight [taps, C] after tail [taps - 1, C]; returns the output and the next tail."""
     past = np.concatenate([tail, x])
     y = sum(past[j : j + len(x)] * w for j, w in enumerate(weight)) + bias
     return silu(y) if with_silu else y, past[len(past) - len(tail) :]
@@ -48,7 +48,7 @@ def delta_rule(qkv, decay, beta, rate, bias, key_heads, state, *, bounded):
 
 
 def mamba2(xbc, step, rate, step_bias, skip, groups, state):
-    """arXiv 2405.21060."""
+    """Mamba-2's state space layer (arXiv 2405.21060)."""
     H, N, P = state.shape
     x = xbc[:, : H * P].reshape(-1, H, P)
     b, c = (

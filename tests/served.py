@@ -23,7 +23,7 @@ from edgemoe.serve.settings import Settings
 
 
 class Running:
-    """Is a server that runs on a thread of this process."""
+    """A server on a thread of this process."""
 
     def __init__(self, path, *, options=None, sampling=None, **settings):
         self.settings = Settings(
@@ -66,7 +66,7 @@ class Running:
         return httpx.get(self.url + path, timeout=60, **more)
 
     def settle(self):
-        """Waits until nothing runs any more."""
+        """Waits until no request is running."""
         end = time.monotonic() + 20
         while self.service.batcher.running() or self.service.batcher.waiting:
             assert time.monotonic() < end
@@ -83,7 +83,7 @@ def running(path, **how):
 
 
 def started(*flags):
-    """Runs the program; returns it and the port, once it answers."""
+    """Starts `edgemoe serve` in a process; returns the process and its port, once it listens."""
     process = subprocess.Popen(
         [sys.executable, "-c", "from edgemoe.cli.entry import edgemoe as e; raise SystemExit(e())", "serve", *flags],
         stderr=subprocess.PIPE, text=True, env={**os.environ, "EDGEMOE_THREADS": "1"},
@@ -95,7 +95,7 @@ def started(*flags):
 
 
 def measured_file(model, path):
-    """Copies a model of 2 layers of 8 experts, and stores in it what its levels cost, and an allocation."""
+    """Copies a model of 2 layers of 8 experts, and adds measured losses of its levels, and an allocation."""
     shutil.copy(model, path)
     bits = np.full((2, 8), 2, np.int8)
     bits[:, ::2] = 4
@@ -110,7 +110,7 @@ def measured_file(model, path):
 
 
 def _row(bits, change, **more):
-    """What `edgemoe quality --store` keeps of a level."""
+    """Returns what `edgemoe quality --store` stores for one level."""
     return {
         "bits": bits, "dense_bits": 8, "scheduler": "on-demand", "options": {}, "cache_types": ["f16", "f16"],
         "kl": None if change is None else 0.1, "loss_change": change, "loss_error": 0.001, "same_top": 0.9,

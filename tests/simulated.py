@@ -1,4 +1,4 @@
-"""A device that is simulated: the kernels' sources compiled by the machine's own compiler. See tests/cudasim."""
+"""A simulated device: the CUDA kernels, compiled for the CPU by the machine's own compiler. See tests/cudasim."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent
 
 @functools.cache
 def plug_in() -> str:
-    """Returns the path of the plug-in, built once if need be; $EDGEMOE_CUDASIM names one that is there."""
+    """Returns the path of the plug-in, which is built on first use; $EDGEMOE_CUDASIM names one already built."""
     if given := os.environ.get("EDGEMOE_CUDASIM"):
         return given
     build = ROOT / "build" / "cudasim"
@@ -44,7 +44,7 @@ def plug_in() -> str:
 
 @contextlib.contextmanager
 def configured(**values: int):
-    """Sets what a simulated device does: see cudasim_configure in tests/cudasim/runtime.cpp."""
+    """Configures the simulated device; see cudasim_configure in tests/cudasim/runtime.cpp."""
     library = ctypes.CDLL(plug_in())
     if not hasattr(library, "cudasim_configure"):
         pytest.skip("a real device")
@@ -59,12 +59,12 @@ def configured(**values: int):
 
 
 def on_device() -> dict[str, str]:
-    """Returns the options that load a model there."""
+    """Returns the options that load a model on the simulated device."""
     return {"device": "cuda:0", "plug_in": plug_in()}
 
 
 def with_vram(monkeypatch, experts, moe):
-    """Gives a device room for so many experts beside all else."""
+    """Gives the device room for exactly so many experts besides everything else."""
     real = Vram.divide.__func__
 
     def divide(cls, moe, **kwargs):
@@ -76,8 +76,8 @@ def with_vram(monkeypatch, experts, moe):
 
 
 def small_moe(name, folder, **changes):
-    """Returns the path of a small model of a family, made there."""
-    import families  # and transformers with it
+    """Converts a small random model of a family in `folder`; returns its path."""
+    import families  # here, as it imports transformers
 
     from edgemoe.convert.convert import convert
     from edgemoe.convert.hf import HFCheckpoint

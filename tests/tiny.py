@@ -18,12 +18,12 @@ THINKING = (
                    "<think>\n\n</think>\n\n{% else %}<think>\n{% endif %}{% endif")
     + "{# <tool_call> #}{% if tools %}{% endif %}"
 )  # fmt: skip
-"""Opens the reasoning, and can be told not to."""
+"""A chat template that opens a reasoning block, unless `enable_thinking` is false."""
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 
 class MemoryCheckpoint:
-    """Is a checkpoint that lies in memory."""
+    """A checkpoint in memory."""
 
     def __init__(
         self, config: Mapping[str, Any], tensors: Mapping[str, Any], files: Mapping[str, bytes]
@@ -43,7 +43,7 @@ class MemoryCheckpoint:
 
 
 def tokenizer_files() -> dict[str, bytes]:
-    """256 bytes and three special tokens: 259 ids."""
+    """Returns a tokenizer's files: 256 bytes and three special tokens, 259 ids in all."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -61,7 +61,7 @@ def tokenizer_files() -> dict[str, bytes]:
 def tiny_checkpoint(
     *, layers: int = 2, experts: int = 8, top_k: int = 2, width: int = 48, seed: int = 0
 ) -> MemoryCheckpoint:
-    """Random weights, large enough that routers decide and logits differ."""
+    """Returns a checkpoint with random weights, large enough that routers have clear choices and logits differ."""
     rng = np.random.default_rng(seed)
     V, D, H, S, heads, kv = 264, 96, width, 80, 4, 2
     config = {
@@ -108,7 +108,7 @@ def tiny_checkpoint(
 
 
 def thinking_checkpoint() -> MemoryCheckpoint:
-    """One with a template that opens the reasoning, and tokens 259 to 262 for it and for calls of tools."""
+    """Returns one whose template opens a reasoning block, with tokens 259 to 262 for reasoning and for tool calls."""
     checkpoint = tiny_checkpoint()
     checkpoint.config["max_position_embeddings"] = 2048
     tokenizer = Tokenizer.from_str(checkpoint.files["tokenizer.json"].decode())
@@ -122,7 +122,7 @@ def thinking_checkpoint() -> MemoryCheckpoint:
 
 
 def tiny_paths(layers: int = 2, experts: int = 8, *, width: int = 8, rows: int = 16) -> bytes:
-    """A random predictor of routing paths, as the section "paths" holds it."""
+    """Returns a random predictor of routing paths, in the form of the section "paths"."""
     from safetensors.numpy import save
 
     rng = np.random.default_rng(5)

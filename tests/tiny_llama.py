@@ -1,4 +1,4 @@
-"""A tiny random dense Llama of transformers, as a checkpoint directory and as a GGUF file."""
+"""A tiny random dense Llama made by transformers, as a checkpoint directory and as a GGUF file."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _GGUF_NAMES = {
 
 
 def tiny_llama(**changes: Any) -> LlamaForCausalLM:
-    """Makes the model, with weights large enough that every layer matters."""
+    """Returns the model, with weights large enough that every layer matters."""
     torch.manual_seed(3)
     model = LlamaForCausalLM(LlamaConfig(**{**_CONFIG, **changes})).eval()
     with torch.no_grad():
@@ -55,7 +55,7 @@ def tiny_llama(**changes: Any) -> LlamaForCausalLM:
 
 
 def tiny_tokenizer() -> Tokenizer:
-    """Trains a byte-level BPE that cuts digits off first, as SmolLM2's does."""
+    """Trains a byte-level BPE tokenizer that splits off digits first, as SmolLM2's does."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]
@@ -90,8 +90,8 @@ def save_gguf(
     Args:
         model: what to write.
         path: the file.
-        quant: type of the matrices; None for float32.
-        changes: metadata to add or replace; None as a value leaves a key out.
+        quant: the type of the matrices; None for float32.
+        changes: metadata to add or replace; a value of None leaves the key out.
     """
     writer = gguf.GGUFWriter(path, "llama")
     for key, value in {**_metadata(model), **(changes or {})}.items():

@@ -6,7 +6,7 @@ import numpy as np
 from tiny import tiny_checkpoint
 
 EXPERTS = ("0.mlp.experts.3", "1.mlp.experts.0", "1.mlp.experts.5")
-"""Those that `tune` changes."""
+"""The experts that `tune` changes by default."""
 DENSE = (
     "model.layers.0.self_attn.q_proj.weight", "model.layers.1.self_attn.o_proj.weight",
     "model.layers.1.mlp.gate.weight", "model.layers.0.post_attention_layernorm.weight",
@@ -15,7 +15,7 @@ DENSE = (
 
 
 def tune(changed=EXPERTS, dense=(), *, seed=1, **options):
-    """Returns the tiny checkpoint with other weights in some experts and tensors."""
+    """Returns the tiny checkpoint with different weights in some experts and dense tensors."""
     checkpoint, rng = tiny_checkpoint(**options), np.random.default_rng(seed)
     names = [f"model.layers.{e}.{part}_proj.weight" for e in changed for part in ("gate", "down")]
     for name in (*names, *dense):

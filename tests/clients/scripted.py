@@ -1,6 +1,6 @@
-"""A real server whose model says what a script says, for agents: it calls a tool, and ends when the tool has answered.
+"""A real server with a scripted model, for agents: the model calls a tool, and ends once the tool has answered.
 
-python scripted.py FOLDER TOOL ARGUMENTS    writes what comes to FOLDER/requests.jsonl, and the port to stdout
+python scripted.py FOLDER TOOL ARGUMENTS    writes requests to FOLDER/requests.jsonl, and the port to stdout
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ CONTEXT = 65536
 
 
 def roomy(path):
-    """Writes a tiny model with the demo's vocabulary, whose context holds what agents say."""
+    """Writes a tiny model with the demo's vocabulary and a context long enough for the prompts of agents."""
     checkpoint, rng = tiny_checkpoint(), np.random.default_rng(0)
     sections = open_moe(demo_path()).sections
     size, width = 49152, checkpoint.config["hidden_size"]
@@ -41,7 +41,7 @@ def roomy(path):
 
 
 class Script:
-    """Chooses the tokens of a text."""
+    """A sampler that returns the tokens of a given text."""
 
     def __init__(self, ids):
         self._ids = iter(ids)

@@ -1,10 +1,10 @@
-"""litellm: both of its providers for servers like this one, whole and streamed, and JSON."""
+"""litellm: both of its providers for servers of this kind, whole and streamed, and JSON."""
 
 import json
 import os
 import sys
 
-os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # it fetches a list of prices otherwise
+os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # otherwise it fetches a list of prices
 import litellm
 
 ASK = [{"role": "user", "content": "What is the capital of France?"}]

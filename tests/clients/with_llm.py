@@ -1,4 +1,4 @@
-"""llm, the command: a model of its list of OpenAI's kind, streamed and whole."""
+"""llm, the command: a model in its list of OpenAI-compatible models, streamed and whole."""
 
 import os
 import subprocess

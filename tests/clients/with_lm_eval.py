@@ -1,8 +1,9 @@
-"""lm-eval: a task of its own from a local file, scored by echoed log-probabilities.
+"""lm-eval: a task from a local file, scored by echoed log-probabilities.
 
     with_lm_eval.py URL FOLDER
 
-FOLDER has the model's tokenizer.json; `samples.json` is written there: each choice's tokens, and what it was given.
+FOLDER has the model's tokenizer.json. The script writes `samples.json` there: of each choice its tokens, the length of
+its context, and its log-probability.
 """
 
 import json
@@ -38,7 +39,7 @@ seen = []
 
 
 class Told(LocalCompletionsAPI):
-    """Keeps what it was asked and told."""
+    """A client that records what it asked and what it was answered."""
 
     def parse_logprobs(self, outputs, tokens=None, ctxlens=None, **more):
         found = LocalCompletionsAPI.parse_logprobs(outputs, tokens=tokens, ctxlens=ctxlens, **more)

@@ -1,1 +1,1 @@
-"""Fuzzers of everything that reads what somebody else wrote; see `scripts/fuzz`."""
+"""Fuzzers of everything that reads foreign files; see `scripts/fuzz`."""

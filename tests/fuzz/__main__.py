@@ -1,9 +1,10 @@
 """scripts/fuzz [TARGET [SECONDS [SEED]]]: runs a fuzzer for some seconds, or all of them, a few at a time.
 
-"400x" for seconds are 400 cases, the same on every machine: what CI tries. New cases are for the night and for hands.
+"400x" in place of seconds runs 400 cases, the same on every machine. CI does so; new cases are tried at night and by
+hand.
 
-Cases that do what they must not are kept in build/fuzz/TARGET; a folder of tests/fuzz/corpus/TARGET makes one a test.
-A target runs in a process of its own, so that a crash is a finding too.
+Cases with findings are kept in build/fuzz/TARGET. One that is copied to a folder in tests/fuzz/corpus/TARGET becomes a
+test. Each target runs in a process of its own, so that a crash is a finding too.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from fuzz.harness import cases, keep_case, try_case
 from fuzz.targets import TARGETS
 
 _OUT = Path(__file__).parents[2] / "build" / "fuzz"
-_FOUND = 3  # the exit code of a target with findings; another is an end that nobody wanted
-_SPACE = 8 << 30  # of addresses: what would take the machine ends in a MemoryError
+_FOUND = 3  # the exit code of a target with findings; any other but 0 is a crash
+_SPACE = 8 << 30  # bytes of address space, so that a huge allocation ends in a MemoryError
 
 
 def main(arguments: list[str]) -> int:
@@ -39,10 +40,10 @@ def main(arguments: list[str]) -> int:
 
 
 def _run_apart(name: str, length: str, seed: str) -> int:
-    """The exit code of a process that runs one target."""
+    """Runs one target in a process; returns its exit code."""
     folder = _OUT / name
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "stderr", "wb") as said:  # panics of Rust are many, and caught
+    with open(folder / "stderr", "wb") as said:  # many Rust panics, all caught
         command = [sys.executable, "-m", "fuzz", name, length, seed, "here"]
         code = subprocess.run(command, stderr=said, check=False).returncode
     if code not in (0, _FOUND):
@@ -61,7 +62,8 @@ def _run(name: str, length: str, seed: int) -> int:
     for case in cases(target, seed):
         if (count if is_count else time.monotonic() - start) >= most:
             break
-        faulthandler.dump_traceback_later(10 * target.seconds, exit=True)  # where no signal comes
+        # Ends the process if the signal that stops a hang does not get through.
+        faulthandler.dump_traceback_later(10 * target.seconds, exit=True)
         finding = try_case(target, case, folder / "case")
         faulthandler.cancel_dump_traceback_later()
         count += 1

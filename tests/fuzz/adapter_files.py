@@ -1,4 +1,4 @@
-"""Fuzzers of adapters: our own files, and LoRA directories that these are made of."""
+"""Fuzzers of adapters: our own files, and the LoRA directories from which they are made."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _MODULES = ("model.layers.0.self_attn.q_proj", "model.layers.0.mlp.experts.2.up_
 
 @cache
 def _adapter() -> bytes:
-    """An adapter of two experts and two other tensors."""
+    """Returns an adapter with two experts and two other tensors."""
     source = checkpoint()
     names = [f"{module}.weight" for module in _MODULES]
     names += ["model.layers.0.mlp.experts.0.down_proj.weight", "model.norm.weight"]

@@ -1,4 +1,4 @@
-"""Fuzzers of GGUF: dense checkpoints and importance matrices, and the older `.dat` of the latter."""
+"""Fuzzers of GGUF files: dense checkpoints, and importance matrices, also in their older `.dat` form."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ _STRING, _ARRAY, _F32, _I32 = 8, 9, 0, 26
 
 @dataclass
 class Gguf:
-    """Is a GGUF file before it is bytes; every count and offset can be made wrong."""
+    """The fields of a GGUF file before it is written; every count and offset can be made wrong."""
 
     meta: list[tuple[bytes, int, Any]] = field(default_factory=list)
-    """Key, type and value; of an array, (type, values)."""
+    """The key, type and value of each entry; the value of an array is (type, values)."""
     tensors: list[tuple[bytes, list[int], int, int, bytes]] = field(default_factory=list)
-    """Name, sizes, type, offset and content."""
+    """The name, shape, type, offset and content of each tensor."""
     counts: tuple[int, int] = (0, 0)
-    """What the header says more than there is: tensors, keys."""
+    """How many more tensors and keys the header claims than there are."""
     order: str = "<"
 
     def to_bytes(self) -> bytes:
-        """Returns the file."""
+        """Returns the bytes of the file."""
         head = struct.pack(
             self.order + "4sIQQ", b"GGUF", 3, (len(self.tensors) + self.counts[0]) % 2**64,
             (len(self.meta) + self.counts[1]) % 2**64,

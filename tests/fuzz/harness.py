@@ -1,4 +1,4 @@
-"""Runs cases of a target and says what none of them may do: any other error, a warning, a hang, a heap of memory."""
+"""Runs cases of a target, and reports what no case may cause: an undocumented error, a warning, a hang, much memory."""
 
 from __future__ import annotations
 
@@ -16,42 +16,41 @@ from types import FrameType
 
 from fuzz.target import Case, Target
 
-_MOST_BYTES = 8 << 20  # of a case; more would say nothing about memory
+_MOST_BYTES = 8 << 20  # of a case; with larger files the memory a reader takes would prove nothing
 
 CORPUS = Path(__file__).parent / "corpus"
-"""TARGET/CASE/FILE: files that went wrong once."""
+"""TARGET/CASE/FILE: files that once caused a finding."""
 
 
 class Hang(BaseException):
-    """Is no Exception, so that no reader takes it for the file's fault."""
+    """Raised when a case takes too long. It is no Exception, so that no reader blames the file for it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Is what a case did, and where."""
+    """What a case did that it must not, and where in the code."""
 
     what: str
     where: str
 
 
 def corpus(target: Target) -> list[Case]:
-    """Returns the cases that are kept of a target: the first sound one with other files."""
+    """Returns the kept cases of a target: the first sound case, with the files that once caused a finding."""
     folders = sorted((CORPUS / target.name).glob("*"))
     sound = target.seeds()[0] if folders else {}
     return [sound | {f.name: f.read_bytes() for f in sorted(d.iterdir())} for d in folders]
 
 
 def cases(target: Target, seed: int) -> Iterator[Case]:
-    """Yields the sound cases, those that are kept, and then changes of them without end."""
+    """Yields the sound cases, the kept ones, and then endless random changes of them."""
     known = [*target.seeds(), *corpus(target)]
     yield from known
     number = 0
     while True:
         rng = Random(f"{target.name} {seed} {number}")
         case = rng.choice(known)
-        with suppress(
-            Exception
-        ):  # what was changed before may be nothing that can be changed again
+        # A case that was changed once may be too broken to be changed again.
+        with suppress(Exception):
             for _ in range(rng.choice((1, 1, 1, 2))):
                 case = target.change(rng, case)
         if sum(map(len, case.values())) <= _MOST_BYTES:
@@ -60,10 +59,10 @@ def cases(target: Target, seed: int) -> Iterator[Case]:
 
 
 def try_case(target: Target, case: Case, folder: Path) -> Finding | None:
-    """Writes a case to a folder, where it stays, and reads it."""
+    """Writes a case to a folder, runs the target on it, and returns what went wrong, if anything. The files stay."""
     write_case(case, folder)
     before = _memory("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak, VmHWM
     finding = None
     try:
         with warnings.catch_warnings(), _limit(target.seconds):
@@ -75,7 +74,7 @@ def try_case(target: Target, case: Case, folder: Path) -> Finding | None:
         finding = Finding(f"takes more than {target.seconds:g} s", _place(error))
     except KeyboardInterrupt:
         raise
-    except BaseException as error:  # Rust's panics are no Exceptions
+    except BaseException as error:  # Rust panics are no Exceptions
         finding = Finding(f"{type(error).__name__}: {error}"[:300], _place(error))
     grown = _memory("VmHWM") - before
     if finding is None and grown > target.memory:
@@ -92,7 +91,7 @@ def write_case(case: Case, folder: Path) -> None:
 
 
 def keep_case(case: Case, folder: Path) -> Path:
-    """Writes a case below a folder, under a name of its own."""
+    """Writes a case to a subfolder named by the hash of its files; returns the subfolder."""
     digest = hashlib.sha256(b"\0".join(n.encode() + b"\0" + c for n, c in sorted(case.items())))
     write_case(case, folder / digest.hexdigest()[:12])
     return folder / digest.hexdigest()[:12]
@@ -120,7 +119,7 @@ def _limit(seconds: float) -> Iterator[None]:
 
 
 def _place(error: BaseException) -> str:
-    """Returns the last line of ours."""
+    """Returns the innermost line of edgemoe in the traceback, as "file:line"."""
     frames = traceback.extract_tb(error.__traceback__)
     ours = [f for f in frames if "/edgemoe/" in f.filename] or frames
     return f"{Path(ours[-1].filename).name}:{ours[-1].lineno}"

@@ -20,17 +20,17 @@ from fuzz.models import model, model_path
 from fuzz.mutate import NUMBERS, change_bytes, change_json, change_value, json_bytes
 from fuzz.target import Case, Target
 
-_FIRST = 3  # tokens that are generated
+_FIRST = 3  # tokens to generate
 
 
 def _parts(data: bytes) -> tuple[dict, int]:
-    """Returns a model file's index, and where it begins."""
+    """Returns the index of a model file, and its offset."""
     _, _, _, _, offset, length, _ = PREAMBLE.unpack(data[: PREAMBLE.size])
     return json.loads(data[offset : offset + length]), offset
 
 
 def _with_index(data: bytes, index: bytes) -> bytes:
-    """Returns a model file with another index at its end, and sums that say so."""
+    """Returns a model file with another index at its end, and correct checksums."""
     at = align(len(data))
     data = data.ljust(at, b"\0") + index
     return pack_preamble(len(data), at, index) + data[PREAMBLE.size :]
@@ -41,7 +41,7 @@ def change_model(rng: Random, case: Case) -> Case:
     try:
         index, at = _parts(data)
         sections = {name: (o, n) for name, (o, n, _) in index["sections"].items()}
-    except Exception:  # what was changed before may be no such file
+    except Exception:  # after earlier changes it may be no model file
         return {"model.moe": change_bytes(rng, data)}
     how = rng.randrange(10)
     if how == 0:
@@ -63,7 +63,7 @@ def change_model(rng: Random, case: Case) -> Case:
         }
     if how < 5:
         return {"model.moe": _with_index(data, json_bytes(rng, change_value(rng, index)))}
-    if how == 5:  # weights of any bits, also in scales
+    if how == 5:  # random bytes in the weights and their scales
         out = bytearray(data)
         for _ in range(rng.choice((1, 30, 1000))):
             out[rng.randrange(4096, min(at, len(out)))] = rng.choice(
@@ -154,7 +154,7 @@ def _study_trace(folder: Path) -> None:
     for name in ("on-demand", "expertwise"):
         try:
             scheduler = make_scheduler(tape, name, budget_bytes=found.header.slots_bytes)
-        except ValueError:  # as it says of more experts than its tables hold
+        except ValueError:  # it claims more experts than its tables hold
             continue
         replay(tape, scheduler, budget_bytes=found.header.slots_bytes)
 

@@ -1,4 +1,4 @@
-"""Small sound models and files, from which cases are made."""
+"""Small valid models and files, from which cases are made."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _FOLDER = tempfile.TemporaryDirectory(prefix="edgemoe-fuzz-")
 
 @cache
 def checkpoint() -> MemoryCheckpoint:
-    """A layer of four experts, 12 thousand weights each."""
+    """Returns a checkpoint with one layer of four experts, of 12 thousand weights each."""
     return tiny_checkpoint(layers=1, experts=4, width=16)
 
 
 @cache
 def checkpoint_files() -> dict[str, bytes]:
-    """The same as the files of a folder."""
+    """Returns the same checkpoint as the files of a folder."""
     import json
 
     source = checkpoint()
@@ -35,7 +35,7 @@ def checkpoint_files() -> dict[str, bytes]:
 
 @cache
 def model_path() -> Path:
-    """The model, with sections by which schedulers decide."""
+    """Returns the path of the model, which has the sections that schedulers use."""
     path = Path(_FOLDER.name) / "tiny.moe"
     convert(checkpoint(), path)
     allocation = b'{"edgemoe_allocation": 1, "method": "dp", "settings": {}, "layers": [0], "bits": [[2, 4, 8, 8]], "protected": []}'
@@ -51,5 +51,5 @@ def model_path() -> Path:
 
 @cache
 def model() -> MoeFile:
-    """The opened model."""
+    """Returns the model, opened."""
     return open_moe(model_path())

@@ -1,4 +1,4 @@
-"""Changes of bytes, of text and of JSON values, that know what readers stumble over. Deterministic in the generator."""
+"""Random changes of bytes, text and JSON values, aimed at what readers get wrong. Determined by the generator."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def any_value(rng: Random, depth: int = 0) -> Any:
 
 
 def nested(depth: int, as_list: bool) -> Any:
-    """Returns a value of so many levels."""
+    """Returns a value nested so many levels deep."""
     value: Any = 0
     for _ in range(depth):
         value = [value] if as_list else {"a": value}
@@ -47,7 +47,7 @@ def nested(depth: int, as_list: bool) -> Any:
 
 
 def places(value: Any) -> list[tuple[Any, Any]]:
-    """Returns (container, key) of every value inside, without going through deep ones by recursion."""
+    """Returns (container, key) for every value inside. Not recursive, as values may be deep."""
     out, todo = [], [value]
     while todo and len(out) < 20_000:
         box = todo.pop()
@@ -60,7 +60,7 @@ def places(value: Any) -> list[tuple[Any, Any]]:
 
 
 def change_value(rng: Random, value: Any) -> Any:
-    """Changes a JSON value in one to three places and returns it; the one that is given stays."""
+    """Returns a copy of a JSON value, changed in one to three places."""
     value = copy.deepcopy(value)
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         found = places(value) if isinstance(value, (dict, list)) else []
@@ -94,7 +94,7 @@ def change_value(rng: Random, value: Any) -> Any:
 
 
 def is_larger(value: Any, most: int) -> bool:
-    """Says whether a value has more than `most` parts and characters: one in several places counts for each."""
+    """Returns whether a value has more than `most` parts and characters; a shared part counts each time it occurs."""
     todo, count = [value], 0
     while todo and count <= most:
         one = todo.pop()
@@ -107,7 +107,7 @@ def is_larger(value: Any, most: int) -> bool:
 
 
 def json_bytes(rng: Random, value: Any) -> bytes:
-    """Returns a value as JSON, mostly as everybody writes it; one that JSON cannot write as brackets."""
+    """Returns a value as JSON, mostly in the usual form. A value that JSON cannot express becomes brackets."""
     try:
         if is_larger(value, 4_000_000):
             raise ValueError("of a size that no target reads")
@@ -118,14 +118,14 @@ def json_bytes(rng: Random, value: Any) -> bytes:
 
 
 def change_json(rng: Random, data: bytes) -> bytes:
-    """Changes JSON: its value mostly, else its bytes."""
+    """Changes JSON: mostly its value, otherwise its bytes."""
     if rng.random() < 0.15:
         return change_bytes(rng, data)
     return json_bytes(rng, change_value(rng, json.loads(data)))
 
 
 def change_bytes(rng: Random, data: bytes) -> bytes:
-    """Changes bytes in a few places, or their length."""
+    """Changes bytes in a few places, or changes their length."""
     out = bytearray(data)
     for _ in range(rng.choice((1, 1, 2, 5, 30))):
         at = rng.randrange(len(out) + 1)

@@ -1,4 +1,4 @@
-"""What a fuzzer is made of."""
+"""The type of a fuzz target."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ Case = dict[str, bytes]
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Is one reader of files that others write."""
+    """A reader of foreign files, and how to test it."""
 
     name: str
     seeds: Callable[[], list[Case]]
-    """Makes sound cases, from which others come."""
+    """Returns valid cases, from which others are made."""
     change: Callable[[Random, Case], Case]
-    """Returns another case."""
+    """Returns a changed case."""
     run: Callable[[Path], None]
     """Reads the folder's files as the program does."""
     documented: tuple[type[Exception], ...] = (FormatError, OSError)
-    """What `run` may raise."""
+    """The exceptions that `run` may raise."""
     seconds: float = 5.0
-    """A case that takes longer hangs."""
+    """The CPU time after which a case counts as a hang."""
     memory: int = 256 << 20
-    """A case that takes more is too much for what it is."""
+    """The bytes of memory that a case may take."""

@@ -1,4 +1,4 @@
-"""Fuzzers of safetensors: checkpoints, their index and their configuration, profiles, calibrations."""
+"""Fuzzers of safetensors files: checkpoints, with their index and configuration, profiles, calibrations."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Tensors = dict[str, NDArray[Any]]
 
 
 def change_tensors(rng: Random, data: bytes) -> bytes:
-    """Changes a safetensors file: its header mostly, else its length, its numbers or any byte."""
+    """Changes a safetensors file: mostly its header, otherwise its length, its numbers or any byte."""
     size = int.from_bytes(data[:8], "little")
     how = rng.random()
     try:
@@ -196,7 +196,7 @@ def _change_profile(rng: Random, case: Case) -> Case:
         if rng.random() < 0.1:
             meta = {k: str(v) for k, v in change_value(rng, meta).items()}
         return {"profile": _profile(change_arrays(rng, tensors), meta)}
-    except Exception:  # what was changed before may be no such file
+    except Exception:  # after earlier changes it may be no such file
         return {"profile": change_bytes(rng, data)}
 
 
@@ -258,9 +258,7 @@ def _change_calibration(rng: Random, case: Case) -> Case:
             "tokens": str(rng.choice(NUMBERS)),
         }
         return {"calibration": _calibration(change_arrays(rng, load(data)), meta)}
-    except (
-        Exception
-    ):  # what was changed before may be no such file, and some types cannot be written
+    except Exception:  # after earlier changes it may be no such file; some types cannot be written
         return {"calibration": change_bytes(rng, data)}
 
 

@@ -1,4 +1,4 @@
-"""Every fuzzer in short: its sound cases, those that went wrong once, and some others, always the same."""
+"""A short run of every fuzzer: its valid cases, those that once caused a finding, and some others, always the same."""
 
 from __future__ import annotations
 

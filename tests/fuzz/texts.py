@@ -1,4 +1,4 @@
-"""Fuzzers of what a model says of texts: tokenizer files and chat templates."""
+"""Fuzzers of a model's text files: tokenizers and chat templates."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bodies as programs send them: all that they say, in the order in which they say it, with short texts."""
+"""Request bodies as programs send them: all of their fields, in the order sent, with short texts."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ CHAT = {
     "thinking": {"type": "enabled"}, "enable_thinking": True, "stream": False, "user": "u",
     "chat_template_kwargs": {"a": 1},
 }  # fmt: skip
-"""All that is honoured in a chat."""
+"""A chat request with every field that is honoured."""
 
 _SCHEMA = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"]}
 FORMS = [
@@ -140,7 +140,7 @@ FORMS = [
         {"structured_outputs": {"choice": ["a"]}}, {"structured_outputs": {"grammar": 'root ::= "a"'}},
     )
 ]  # fmt: skip
-"""All ways to say what an answer must keep to."""
+"""Chat requests with every way to prescribe the form of an answer."""
 COMPLETION = {
     "prompt": ["a", [1, 2]], "max_tokens": 2, "logprobs": 2, "echo": True, "n": 1, "stop": "z", "suffix": "",
 }  # fmt: skip
