@@ -290,7 +290,7 @@ _LING2 = {
     "num_nextn_predict_layers": 0,
 }
 _LARGE_EPS = {"rms_norm_eps": 0.3}
-"""As large as the mean squares that it is added to, so that a norm with another one is seen."""
+"""An epsilon as large as the mean squares that it is added to, so that a norm with the wrong epsilon is noticed."""
 
 
 class _DenseGraniteConfig(transformers.GraniteMoeConfig):
@@ -298,9 +298,10 @@ class _DenseGraniteConfig(transformers.GraniteMoeConfig):
 
 
 class _DenseGranite(transformers.GraniteMoeForCausalLM):
-    """GraniteMoe whose layers `dense_layers` have one SwiGLU in place of experts.
+    """GraniteMoe whose layers `dense_layers` have a single SwiGLU FFN in place of experts.
 
-    No published family has a multiplier everywhere and a dense layer; the decoder must be right for the next one.
+    No published family has both dense layers and all of Granite's multipliers; the decoder must be right for one that
+    does.
     """
 
     config_class = _DenseGraniteConfig
@@ -334,7 +335,7 @@ class _Ling2Config(transformers.Glm4MoeConfig):
 
 
 class _Ling2(transformers.Glm4MoeForCausalLM):
-    """Ling-2.0, which transformers lacks: GLM-4.5's layers, stored under other names, see `as_ling2`."""
+    """Ling-2.0, which transformers lacks: GLM-4.5's layers, stored under other names; see `as_ling2`."""
 
     config_class = _Ling2Config
 
@@ -639,23 +640,24 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "olmoe-eps": {**_OLMOE, **_LARGE_EPS},
     "qwen3_moe-eps": {**_QWEN3, **_LARGE_EPS},
 }
-"""What config.json says, by a name that tests are parametrised with."""
+"""The contents of config.json, by a name that tests are parametrised with."""
 
 
 def _gain(name: str, config: Any) -> float:
-    """Returns how much larger a matrix is than one that keeps the scale of what it multiplies.
+    """Returns a matrix's factor, relative to a random matrix that keeps the scale of its input.
 
-    As in trained models, a layer adds to the residual stream less than is there, attention looks at
-    several positions and routers are decided. Without that the rounding of weights grows to chaos.
+    The factors make the model behave as trained ones do: a layer adds less to the residual than is there already,
+    attention looks at several positions, and routers have clear choices. Otherwise rounding errors of the weights would
+    grow without bounds.
     """
     if "embed_tokens" in name:
-        # Tied, a larger one would only ever predict the token that was read.
+        # With a tied head, a larger embedding would only ever predict the token that was read.
         gain = 5.0 if config.tie_word_embeddings else 8.0
         return gain / getattr(config, "embedding_multiplier", 1.0)
     if "router" in name or name.endswith((".gate.weight", ".wg.weight")):
         if config.model_type == "gemma4_text":
-            return 6.0 * math.sqrt(config.hidden_size)  # what it reads is divided by that
-        # Sigmoids of larger logits are all 0 or 1, and their order is chance.
+            return 6.0 * math.sqrt(config.hidden_size)  # its input is divided by that
+        # Sigmoids of larger logits are all 0 or 1, so that the choice of experts would be chance.
         sigmoids = (
             "bailing_moe",
             "glm4_moe",
@@ -675,9 +677,9 @@ def _gain(name: str, config: Any) -> float:
     if "conv1d" in name or "conv.conv" in name:
         return 1.5
     if config.model_type in ("kimi_linear", "bailing_hybrid") and "self_attn.o_proj" in name:
-        return 0.15  # as of other recurrent layers
+        return 0.15  # as in other recurrent layers
     if "mixer.out_proj" in name:
-        return 0.04  # of a norm over whole groups, in which rounding is loud
+        return 0.04  # its input has a norm over whole groups, which amplifies rounding errors
     if name.endswith(
         (
             "linear_attn.out_proj.weight",
@@ -685,16 +687,16 @@ def _gain(name: str, config: Any) -> float:
             "mamba.out_proj.weight",
         )
     ):
-        return 0.15  # what comes out of a recurrent layer is normed noise at times, or a product of three
+        return 0.15  # its input is sometimes normed noise, or a product of three projections
     if config.model_type == "nemotron_h" and "down_proj" in name:
-        return 0.12  # what it is applied to is a square
+        return 0.12  # its input is a square
     if "o_proj" in name or "out_proj" in name or "down_proj" in name or "output_linear" in name:
         return 0.5
     return 1.0
 
 
 def _vector(key: str, weight: Any, noise: Any, config: Any) -> Any:
-    """Returns values of a bias or a norm; those of norms lie around what they are at first, 0 or 1."""
+    """Returns random values of a bias or a norm; those of norms are near their initial value, 0 or 1."""
     if key.endswith("bias"):
         return 0.3 * noise
     if key.endswith("A_log"):
@@ -702,7 +704,7 @@ def _vector(key: str, weight: Any, noise: Any, config: Any) -> Any:
     if key.endswith("sinks"):
         return noise
     if config.model_type == "gemma4_text" and ("post_" in key or "q_norm" in key):
-        return 0.4 * (1 + 0.2 * noise)  # what is added last, and what attention is decided by
+        return 0.4 * (1 + 0.2 * noise)  # the last additions, and what decides attention
     return weight.mean() + 0.2 * noise
 
 
@@ -720,7 +722,7 @@ def make(
     Every tensor is random, norms and biases included, so that none can be swapped or forgotten.
 
     Args:
-        changes: keys that config.json has besides, or instead.
+        changes: keys of config.json to add or replace.
         save: arguments of save_pretrained, such as max_shard_size.
     """
     values = {**_BASE, **SETTINGS[name], **(changes or {})}
@@ -763,7 +765,7 @@ _LING2_NAMES = {
 
 
 def as_ling2(tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns GLM-4.5's tensors as those of Ling-2.0: queries, keys and values in one, every expert by itself."""
+    """Converts GLM-4.5's tensors to those of Ling-2.0: queries, keys and values in one, every expert by itself."""
     out = {}
     for name, tensor in tensors.items():
         for theirs, ours in _LING2_NAMES.items():
@@ -817,10 +819,10 @@ def oracle(
     """Runs a checkpoint with transformers in float32.
 
     Args:
-        gates: gets those of each layer's experts, in ascending order of these, [T, K].
+        gates: a dict that gets the gates of each layer, [T, K], in ascending order of their experts.
 
     Returns:
-        The logits [T, V], and per layer with experts those chosen, [T, K], ascending.
+        The logits [T, V], and for each layer with experts those chosen, [T, K], ascending.
     """
     config, place, given = transformers.AutoConfig.from_pretrained(path), path, {}
     if config.model_type == "bailing_moe":
@@ -834,13 +836,13 @@ def oracle(
 
     def watch(layer: int) -> Any:
         def hook(module: Any, args: tuple[Any, ...]) -> None:
-            if len(args) == 1:  # Llama 4: all experts run, those that were not chosen on zeros
+            if len(args) == 1:  # Llama 4 runs all experts, and those not chosen on zeros
                 weighed = args[0].view(module.num_experts, len(ids), -1).abs().sum(-1)
                 chosen[layer] = weighed.argmax(0)[:, None].numpy()
                 return
             if gates is not None:
                 gates[layer] = args[2].gather(1, args[1].argsort(1)).numpy()
-            chosen[layer] = np.sort(args[1].numpy())  # of the module that runs the chosen experts
+            chosen[layer] = np.sort(args[1].numpy())  # arguments of the module that runs experts
 
         return hook
 
@@ -854,5 +856,5 @@ def oracle(
 
 
 def random_ids(count: int, *, seed: int = 1) -> list[int]:
-    """Returns tokens of the settings' vocabulary."""
+    """Returns random tokens of the settings' vocabulary."""
     return [int(i) for i in np.random.default_rng(seed).integers(0, _BASE["vocab_size"], count)]

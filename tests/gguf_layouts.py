@@ -1,5 +1,8 @@
-"""Lays checkpoints out as llama.cpp's converter does, and writes them as GGUF files: names as the gguf package maps
-them, values as the converter folds, joins, splits and reorders them, metadata key by key."""
+"""Writes checkpoints as GGUF files in the layout of llama.cpp's converter.
+
+Names are mapped by the gguf package. Values are folded, joined, split and reordered as by the converter, and metadata
+are written key by key.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ Config = dict[str, Any]
 
 
 def save(arch: str, config: Config, tensors: dict[str, Array], path: Path) -> Path:
-    """Writes the GGUF file."""
+    """Writes a checkpoint of the architecture `arch` as a GGUF file."""
     writer = gguf.GGUFWriter(path, arch)
     for key, value in metadata(arch, config).items():
         if isinstance(value, list):
@@ -36,7 +39,7 @@ def save(arch: str, config: Config, tensors: dict[str, Array], path: Path) -> Pa
         for ours, array in laid_out(arch, config, name, values):
             writer.add_tensor(named(arch, ours), np.ascontiguousarray(array))
     for name, found in stacks.items():
-        if "feed_forward" in name:  # as the converter calls them when it has joined them
+        if "feed_forward" in name:  # the converter's names, once it has joined them
             name = name.removeprefix("model.")
         name = re.sub(r"backbone(\.layers\.\d+\.)mixer", r"model\1mlp", name)
         writer.add_tensor(named(arch, name), np.stack([found[i] for i in range(len(found))]))
@@ -56,7 +59,7 @@ _LAGUNA = {
 def named(arch: str, name: str) -> str:
     if name.startswith("blk."):
         return name
-    if arch == "laguna":  # all others of its names are those of Qwen2-MoE, and norms of q and k
+    if arch == "laguna":  # its other names are those of Qwen2-MoE, and norms of q and k
         layer, rest = re.fullmatch(r"(?:model\.layers\.(\d+)\.)?(.*)", name).groups()
         if rest in _LAGUNA:
             return f"blk.{layer}.{_LAGUNA[rest]}"
@@ -83,14 +86,14 @@ def permuted(values: Array, heads: int) -> Array:
 
 
 def tiled(values: Array, config: Config, dim: int, first: int = 0) -> Array:
-    """Value heads of the same key head, which lie beside each other, come to take turns with the others'."""
+    """Reorders value heads: those of one key head, which are adjacent, become interleaved with those of the others."""
     keys, heads = config["linear_num_key_heads"], config["linear_num_value_heads"]
     rest = values[first:].reshape(keys, heads // keys, dim, *values.shape[1:])
     return np.concatenate([values[:first], rest.swapaxes(0, 1).reshape(values[first:].shape)])
 
 
 def laid_out(arch: str, config: Config, name: str, values: Array) -> Iterator[tuple[str, Array]]:
-    """Yields what a tensor becomes, by names that the package's map knows."""
+    """Yields the tensors that a checkpoint's tensor becomes, by names that the gguf package can map."""
     layer = re.search(r"layers\.(\d+)\.", name)
     block = f"blk.{layer[1]}." if layer else ""
     if "e_score_correction_bias" in name:
@@ -207,7 +210,7 @@ def _mamba(arch: str, config: Config, name: str, values: Array) -> Iterator[tupl
 
 
 def metadata(arch: str, config: Config) -> Config:
-    """Returns what the file says of a checkpoint, without the architecture's name."""
+    """Returns the file's metadata of a checkpoint; keys are without the architecture's name."""
     layers, heads = config["num_hidden_layers"], config["num_attention_heads"]
     out: Config = {
         "block_count": layers,
@@ -320,7 +323,7 @@ def _lfm2moe(config: Config) -> Config:
 def _mamba_metadata(
     heads: str, head_dim: str, state: str, groups: str, taps: str
 ) -> Callable[[Config], Config]:
-    """Returns what says so of a checkpoint whose fields have these names."""
+    """Returns a function that makes the metadata of Mamba layers from a config whose fields have these names."""
     return lambda config: {
         "attention.head_count_kv": [0, 2, 0, 0],
         "ssm.time_step_rank": config[heads],
@@ -346,7 +349,7 @@ _OWN: dict[str, Callable[[Config], Config]] = {
         "mamba_num_heads", "mamba_head_dim", "ssm_state_size", "n_groups", "conv_kernel"
     ),
 }
-"""What an architecture says otherwise, or besides."""
+"""By architecture, metadata that differ from the common ones or come besides."""
 
 
 def _head_dim(config: Config) -> int:

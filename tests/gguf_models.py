@@ -1,5 +1,8 @@
-"""Writes checkpoints of tests/families.py as GGUF files: names as the gguf package maps them, values as llama.cpp's
-converter lays them out, metadata key by key."""
+"""Writes checkpoints of tests/families.py as GGUF files.
+
+Names are mapped by the gguf package. Values have the layout of llama.cpp's converter, and metadata are written key by
+key.
+"""
 
 from __future__ import annotations
 
@@ -48,12 +51,12 @@ def save(
     """Writes a checkpoint directory as a GGUF file without a tokenizer.
 
     Args:
-        path: of the checkpoint.
-        out: the file.
-        quant: type of the matrices.
-        changes: metadata to add or replace, without the architecture's name; None leaves a key out.
-        tensors: to add or replace, by their names in the file.
-        without: what the names of those match that are left out.
+        path: the checkpoint directory.
+        out: the file to write.
+        quant: the type of the matrices.
+        changes: metadata to add or replace, with keys without the architecture's name; None leaves a key out.
+        tensors: tensors to add or replace, by their names in the file.
+        without: a pattern; tensors whose names match are left out.
     """
     config = json.loads((path / "config.json").read_text())
     arch = _ARCHITECTURES[config["model_type"]]
@@ -86,7 +89,7 @@ def save(
 
 
 def split(path: Path, out: Path, count: int) -> list[Path]:
-    """Writes a GGUF file of a checkpoint in parts: metadata in the first, tensors in turn."""
+    """Writes a checkpoint as several GGUF files: metadata in the first, tensors distributed in turn."""
     config = json.loads((path / "config.json").read_text())
     tensors = list(named(path, config, "llama").items())
     parts = []
@@ -111,7 +114,7 @@ def split(path: Path, out: Path, count: int) -> list[Path]:
 
 
 def named(path: Path, config: Mapping[str, Any], arch: str) -> dict[str, Array]:
-    """Returns a checkpoint's tensors as they are in a GGUF file."""
+    """Returns a checkpoint's tensors with the names and values of a GGUF file."""
     number = next(n for n, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
     names = gguf.get_tensor_name_map(number, config["num_hidden_layers"])
     out: dict[str, Array] = {}
@@ -167,7 +170,7 @@ def _name(name: str, names: Any) -> str:
 
 
 def metadata(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the metadata of a checkpoint, without the architecture's name."""
+    """Returns the metadata of a checkpoint; keys are without the architecture's name."""
     kind = config["model_type"]
     heads = config["num_attention_heads"]
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
