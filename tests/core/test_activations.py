@@ -1,4 +1,4 @@
-"""What FFNs make of gates and ups, their biases, and the soft cap: against float64, and the same bits everywhere."""
+"""Activations and biases of FFNs, and the soft cap: near float64, and the same bits on every instruction set."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def sigmoid(x):
 
 
 def activated(kind, gate, up):
-    """The formulas of transformers, float64."""
+    """Returns the activation by the formulas of transformers, in float64."""
     if kind == "swiglu":
         return gate * sigmoid(gate) * up
     if kind == "geglu":
@@ -32,7 +32,7 @@ def activated(kind, gate, up):
 
 
 class Ffn:
-    """Random matrices whose gates and ups go far beyond every clamp."""
+    """An FFN with random matrices whose gates and ups go far beyond every clamp."""
 
     def __init__(self, kind):
         rng = np.random.default_rng(0)
@@ -68,7 +68,7 @@ def test_an_ffn_is_its_formula(isa, kind):
     )
     again, _ = ffn.run(ffn.x, threads=1)
     assert np.array_equal(again, out)
-    for t in (0, T - 1):  # by other code than many rows are
+    for t in (0, T - 1):  # single rows are computed by other code
         assert np.array_equal(ffn.run(ffn.x[t : t + 1])[0][0], out[t])
     _core.use_isa("scalar")
     for a, b in zip(ffn.run(ffn.x), (out, hidden), strict=True):

@@ -1,4 +1,4 @@
-"""What the bindings refuse: whatever indexes, divides or is cast, and would be a crash or nonsense in the core."""
+"""Arguments that the bindings refuse: those that the core would index by, divide by or cast, and crash or be wrong."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_moments_that_are_none_are_refused(bad, at):
     moments = np.full((32, 32), 0.5, np.float32) + np.eye(32, dtype=np.float32)
     quantize(moments=moments)
     moments[at] = bad
-    if at == (2, 5) and bad in (-1.0, 0.0):  # a product of two inputs may be
+    if at == (2, 5) and bad in (-1.0, 0.0):  # off the diagonal it may be so
         quantize(moments=moments)
         return
     with pytest.raises(ValueError, match="second moments: expected finite numbers"):
@@ -87,7 +87,7 @@ def test_an_empty_matrix_is_refused(shape, what):
 
 
 def test_arrays_are_lent_as_they_are(matrix):
-    """A wrong dtype, a strided array and one at an odd address are errors, never a copy."""
+    """A wrong dtype, a strided array and a misaligned one are errors; none is copied."""
     ws = _core.Workspace(1, 4, 32, 32, 1, 16)
     out = f32(2, 16)
     _core.linear(ws, f32(2, 32), [matrix], [out])
@@ -240,7 +240,7 @@ def test_uses_are_numbers(tiny_moe):
 
 @pytest.mark.parametrize("tokens", [1, 64, 60_000, 65_536, 1_000_000])
 def test_uses_after_passes_of_any_length(tokens):
-    """What was used later weighs more, and nothing overflows."""
+    """Later uses weigh more, and nothing overflows."""
     store = ExpertStore.dry(
         num_layers=1, num_experts=4, level_bits=[8], level_bytes=[4096], budget_bytes=8192
     )

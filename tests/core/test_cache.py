@@ -29,7 +29,7 @@ def pages(moe, level):
 
 
 class Model:
-    """Experts at levels, in pages, and what a request of one expert must do."""
+    """A model of the cache: the levels of its experts, in pages, and what a request for one expert must do."""
 
     def __init__(self, sizes, budget, policy, kept=0):
         self.sizes, self.budget, self.policy, self.kept = sizes, budget, policy, kept
@@ -230,15 +230,18 @@ def test_an_expert_read_ahead_is_there_when_it_is_wanted(moe):
 
 
 def test_reads_ahead_take_nothing_that_is_wanted(moe):
-    """With room for three, two in use and one wanted soon, nothing else is read ahead, and that one is dropped last."""
+    """With room for three, of which two are in use and one is wanted soon: nothing else is read ahead.
+
+    The one that is wanted soon is dropped last.
+    """
     top = expert_bytes(moe, 5)
     cache = ExpertStore.open(moe, bits=8, budget_bytes=3 * top, verify=True).cache
     run(cache, [0], [5])
-    run(cache, [8], [5])  # the least used of those that are there, but for the wish
+    run(cache, [8], [5])  # the least used of those in memory, but wanted soon
     for _ in range(3):
         run(cache, [0], [5])
     begin(cache, [1, 2], [5, 5], [8, 9, 10], [5, 5, 5])
-    # Of one or of both: until the next call each of them is in use, or waited for.
+    # The first group has one or both. Until the next call each of the two is in use, or waited for.
     given = cache.next()
     assert set(np.flatnonzero(cache.residency)) <= {1, 2, 8}
     while group := cache.next():
@@ -255,7 +258,7 @@ def test_reads_ahead_that_never_began_are_not_counted(moe):
         for expert in range(8, 16):
             cache.shrink(expert, 0)
         run(cache, [], [], range(8, 16), [5] * 8)
-        run(cache, [], [])  # takes back what has not begun
+        run(cache, [], [])  # cancels reads that have not begun
     deadline = time.monotonic() + 30
     while cache.residency[8] == 0 and time.monotonic() < deadline:  # one that does begin
         run(cache, [], [], [8], [5])
@@ -277,7 +280,7 @@ def test_random_requests_with_wishes_keep_the_books(moe):
             n, m = rng.integers(1, 6), rng.integers(0, 9)
             chosen = base + rng.permutation(8)[:n]
             low = rng.integers(1, 6, n)
-            # Some of them again, at more bits.
+            # Asks for some of them again, at a higher level.
             again = [(e, lv + 1) for e, lv in zip(chosen, low, strict=True) if lv < 5]
             wanted = [*zip(chosen, low, strict=True), *again[:2]]
             ids, levels = (list(v) for v in zip(*wanted, strict=True))
@@ -397,7 +400,7 @@ def test_a_plan_is_asked_for_by_layer_and_bits():
     experts, levels = cache.ask(1, some, bits, offsets, 1, np.array([6], np.int32), bits[:1] // 2)
     assert experts.tolist() == [7, 5]
     assert levels.tolist() == [3, 1]
-    experts, levels = cache.ask(0, some, bits, offsets, 1)  # in place of what is open
+    experts, levels = cache.ask(0, some, bits, offsets, 1)  # replaces the open request
     assert experts.tolist() == [3, 1]
     while cache.next():
         pass
@@ -462,7 +465,7 @@ def test_what_has_to_go_is_lowered_before_anything_is_evicted():
         assert cache.residency.tolist() == levels
         cache.check_integrity()
     before = cache.stats["bytes_read"]
-    begin(cache, [2], [2])  # of what was lowered only the rest is read
+    begin(cache, [2], [2])  # only the missing rungs are read
     while cache.next():
         pass
     assert cache.stats["bytes_read"] - before == 4096

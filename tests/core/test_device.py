@@ -1,4 +1,4 @@
-"""A device's kernels against the CPU's, bit for bit, on a device that is simulated."""
+"""A device's kernels give the CPU's bits; on a simulated device."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def device():
 
 
 def test_what_fails_while_it_is_opened_leaves_nothing():
-    """Whichever of its streams, buffers and events is the one that cannot be had."""
+    """Whichever of its streams, buffers and events cannot be created."""
     counts = (b"pinned", b"streams")
     with configured(may_make=-1) as simulator:
         before = [simulator.cudasim_configure(name, 0) for name in counts]
@@ -47,7 +47,7 @@ def test_what_fails_while_it_is_opened_leaves_nothing():
 
 @dataclasses.dataclass
 class Both:
-    """Runs the same on both, and compares."""
+    """Workspaces of a device and of the CPU; methods run an operation on both, and compare."""
 
     device: _core.Device
     rows: int = 70
@@ -83,7 +83,7 @@ def both(device):
 
 
 def same(mine, theirs):
-    """The same bits, but for what is no number."""
+    """Checks that two arrays have the same bits; NaNs may differ in theirs."""
     assert mine.shape == theirs.shape
     nan = np.isnan(theirs)
     assert np.array_equal(np.isnan(mine), nan)
@@ -97,7 +97,7 @@ def normal(*shape, seed=0):
 
 
 def nested(w, ladder, level):
-    """Whose rungs have row scales, or not, in each of the ways that kernels tell apart."""
+    """Returns a matrix. Its width decides which of its rungs have row scales, so that kernels see every case."""
     row_scales = [(1,), (1, 1), (1, 0, 1)][w.shape[1] % 3]
     rungs, widths = quantize(w, ladder, row_scales=row_scales), plane_widths(ladder)
     return _core.Nested.from_rungs(rungs[:level], *w.shape, widths[:level], row_scales=row_scales)
@@ -230,7 +230,7 @@ def test_parts_are_added_in_the_order_of_a_plan(both):
 def run_attention(
     both, types, pieces, *, window=0, heads=6, kv_heads=2, head_dim=18, seed=0, gain=1.0, **more
 ):
-    """Attention piece by piece, on both; a piece below 0 are positions left as a new cache has them."""
+    """Runs attention piece by piece, on both. A negative piece skips positions, which stay as in a new cache."""
     rng = np.random.default_rng(seed)
     T, q, kv = sum(map(abs, pieces)), heads * head_dim, kv_heads * head_dim
     rope_dim, is_ring = more.pop("rope_dim", 0), more.pop("is_ring", False)
@@ -323,7 +323,7 @@ def test_rings_are_written_over_and_copied_from(both, types):
         _core.DeviceKvLayer(device=both.device, capacity=64, **kinds),
     ]
     for source, target in zip(layers, away, strict=True):
-        target.take(source, 500, 530)  # about where the second lap ends
+        target.take(source, 500, 530)  # around the end of the ring's second lap
     assert away[1].content.any()
     assert np.array_equal(away[1].content, away[0].content)
     for source, target in zip(away, layers, strict=True):
@@ -393,11 +393,14 @@ def test_what_no_cache_can_hold_is_said_as_the_cpu_says_it(both, types, gain):
         run_device_only(both, types, gain)
     assert str(mine.value) == str(theirs.value)
     one, out = both.put(np.ones((1, 4), np.float32)), np.empty((1, 4), np.float32)
-    _core.device_download(both.ws, [one], [out])  # it is said once
+    _core.device_download(both.ws, [one], [out])  # the error is raised only once
 
 
 def test_scores_that_are_no_numbers_have_no_highest(both):
-    """Each is 0, +1 or -1 times an infinite query: the highest of all is what the first lane begins with."""
+    """Each score is 0, +1 or -1 times an infinite query, so that some are NaN.
+
+    The maximum is then the value that the first lane starts with.
+    """
     T = 16
     q, k, v = np.zeros((1, 16), np.float32), np.zeros((T, 16), np.float32), normal(T, 16)
     q[0, 5] = np.inf
@@ -405,7 +408,7 @@ def test_scores_that_are_no_numbers_have_no_highest(both):
     kinds = {"key_type": "f32", "value_type": "f32", "num_heads": 1, "capacity": T, "head_dim": 16}
     host, there = _core.KvLayer(**kinds), _core.DeviceKvLayer(device=both.device, **kinds)
     layer, moved_layer = _core.AttentionLayer(**GIVEN), _core.DeviceAttention(**GIVEN)
-    for t in range(T):  # one token sees all that came before
+    for t in range(T):  # each token sees all before it
         none, out = np.empty((1, 0), np.float32), np.empty((1, 16), np.float32)
         arrays = q.copy(), k[t : t + 1].copy(), v[t : t + 1].copy()
         moved, moved_out, nothing = [both.put(a) for a in arrays], both.put(out), both.put(none)

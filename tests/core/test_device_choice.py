@@ -1,4 +1,4 @@
-"""What a device chooses and repeats by itself: experts by a router's logits, and work that was noted once."""
+"""What a device does without the host: choosing experts by a router's logits, and repeating recorded work."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_experts_and_gates_are_those_that_the_cpu_chooses(device, ws, cpu, rule,
     to = [_core.DeviceArray(device, (5, K)) for _ in range(2)]
     _core.device_choose(ws, made, put(device, logits), *there, *to)
     assert (to[0].numpy().view(np.int32) == experts).all()
-    np.testing.assert_array_equal(to[1].numpy(), gates)  # what is no number, in any way
+    np.testing.assert_array_equal(to[1].numpy(), gates)  # NaNs may have any bits
 
 
 def test_a_rule_without_a_kernel_is_refused(device, ws):
@@ -115,7 +115,7 @@ def test_while_work_is_noted_nothing_is_copied_or_taken(device, ws):
     with pytest.raises(RuntimeError, match="while work is noted"):
         _core.DeviceArray(device, (4,))
     used = device.stats["used_bytes"]
-    del x  # as the collector may
+    del x  # as Python's garbage collector may at any time
     assert device.stats["used_bytes"] == used
     ws.forget(ws.end_noting())
     assert device.stats["used_bytes"] < used

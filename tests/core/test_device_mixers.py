@@ -1,4 +1,4 @@
-"""A device's mixers, gates, activations and corrections against the CPU's, bit for bit, on a simulated device."""
+"""A device's mixers, gates, activations and corrections give the CPU's bits; on a simulated device."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WEIRD = np.array([np.nan, np.inf, -np.inf, 1e-38, -0.0, 100.0, -100.0, 7.5], np.
 
 
 class Sides:
-    """Workspaces of both."""
+    """Workspaces of a device and of the CPU."""
 
     def __init__(self, rows=70, cols=640, context=640, head_dim=80, heads=8):
         shape = rows, cols, cols, context, head_dim, heads
@@ -46,7 +46,7 @@ def normal(*shape, seed=0, gain=1.0):
 
 
 def same(mine, theirs):
-    """The same bits, but for what is no number."""
+    """Checks that two arrays have the same bits; NaNs may differ in theirs."""
     mine = mine.numpy()
     nan = np.isnan(theirs)
     assert np.array_equal(np.isnan(mine), nan)
@@ -60,7 +60,7 @@ def nested(rows, cols, seed=0, level=3):
 
 
 def corrected(rows, cols, rank, seed=0, *, basis=None):
-    """A matrix whose correction has nothing to do with it; V is its own, or `basis` of several."""
+    """Returns a matrix with a random correction; V is its own, or the shared `basis`."""
     ladder, rng = (2, 4), np.random.default_rng(seed)
     rungs = quantize(normal(rows, cols, seed=seed), ladder)
     v = basis_codes(rng.standard_normal((rank, cols))) if basis is None else basis
@@ -88,7 +88,7 @@ def test_every_activation(sides, kind, T):
 
 
 def test_small_gates_whose_rounding_shows(sides):
-    """Of 32 columns the largest is their scale: with many small gates it is one that a cube counts in."""
+    """The scale of 32 columns is that of the largest. With many small gates, the cubic term of gelu shows in it."""
     T, h, d = 64, 512, 32
     host = nested(h, d, 1), nested(h, d, 2), nested(d, h, 3)
     x, out = normal(T, d, seed=9, gain=0.2), np.empty((T, d), np.float32)
@@ -118,7 +118,7 @@ def test_corrections(sides, rank, rows, cols):
 
 
 def test_scales_beyond_a_rank_count_for_nothing(sides):
-    """A correction has room for 32 of them, whatever its rank."""
+    """A correction stores 32 scales, whatever its rank; those beyond the rank have no effect."""
     rows, cols, rank, rng = 33, 70, 8, np.random.default_rng(4)
     v = basis_codes(rng.standard_normal((rank, cols)))
     u, codes = factor_codes(rng.standard_normal((rows, rank)) * 0.1, np.full(rows, 0.01))
@@ -179,7 +179,7 @@ def test_gates_of_attention(sides, kind):
 
 
 def test_the_last_term_of_softplus_counts(sides):
-    """It changes one value near 0 in a hundred."""
+    """It changes one in a hundred of the values near 0."""
     gate = np.linspace(-0.5, 0.5, 64 * 60, dtype=np.float32).reshape(64, 60)
     x = np.ones((64, 60), np.float32)
     there = sides.put(x)
@@ -209,7 +209,7 @@ def test_short_convolutions_in_pieces_and_in_place(sides, taps, silu):
     before = there_before = None
     for i, T in enumerate((3, 1, 12)):
         x, tail = normal(T, C, seed=i), np.empty((taps - 1, C), np.float32)
-        x[T // 3, 7] = np.inf  # what taps that are not there would make no number
+        x[T // 3, 7] = np.inf  # taps beyond the last would make NaN of it
         there, there_tail = sides.put(x), sides.put(tail)
         moved = sides.put(weight), sides.put(bias), there_before, there_tail
         _core.device_short_conv(sides.ws, there, *moved, silu, there)
@@ -228,7 +228,7 @@ def test_delta_rule_in_pieces(sides, bounded, channels, dv):
     state = there_state = None
     for i, T in enumerate((5, 1, 3)):
         qkv = normal(T, 2 * Hk * dk + Hv * dv, seed=i)
-        qkv[0, : Hk * dk] *= 0 if i == 2 else 1  # of no length
+        qkv[0, : Hk * dk] *= 0 if i == 2 else 1  # a query and key of length 0
         decay, beta = normal(T, len(bias), seed=8, gain=3), normal(T, Hv, seed=9, gain=3)
         after, out = np.empty((Hv, dk, dv), np.float32), np.empty((T, Hv * dv), np.float32)
         moved = [sides.put(a) for a in (qkv, decay, beta, rate, bias)]
@@ -291,7 +291,7 @@ def test_latent_attention(kind, latent, rope, heads, rotates):
     there_kv = _core.DeviceKvLayer.latents(device=sides.device, **sizes)
     far = (
         ((240, 33), (273, 1)) if latent < 100 else ()
-    )  # positions between are as a new cache has them
+    )  # positions in between stay as in a new cache
     for pos, T in ((0, 3), (3, 1), *far):
         q, absorbed = normal(T, heads * (nope + rope), seed=T), normal(T, heads * width, seed=5)
         keys, out = normal(T, width, seed=pos), np.empty((T, heads * latent), np.float32)

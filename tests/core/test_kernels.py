@@ -1,4 +1,4 @@
-"""Kernels: every instruction set against numpy and, bit for bit, against the scalar one."""
+"""Kernels of every instruction set are near numpy, and have the bits of the scalar ones."""
 
 from __future__ import annotations
 
@@ -205,7 +205,7 @@ def test_crc32c_is_the_published_one():
     assert _core.crc32c(b"123456789") == 0xE3069283
     data = np.random.default_rng(0).integers(0, 256, 1000, np.uint8).tobytes()
     assert _core.crc32c(data[301:], _core.crc32c(data[:301])) == _core.crc32c(data)
-    long = np.random.default_rng(0).bytes(60_001)  # done in three parts at a time
+    long = np.random.default_rng(0).bytes(60_001)  # long enough for three parts at a time
     piecewise = 0
     for at in range(0, len(long), 1000):
         piecewise = _core.crc32c(long[at : at + 1000], piecewise)
@@ -214,7 +214,7 @@ def test_crc32c_is_the_published_one():
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="of x86-64")
 def test_what_the_processor_can_do_is_used():
-    """The system lists what it lets programs use: kernels must not be lost where compilers' libraries know less."""
+    """Kernels are chosen by what the system lists, even if the compiler's library knows fewer instruction sets."""
     (flags, *_) = [
         set(line.split(":")[1].split())
         for line in Path("/proc/cpuinfo").read_text().splitlines()

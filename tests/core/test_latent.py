@@ -1,4 +1,4 @@
-"""Latent attention against plain numpy, for every type of cache, and the bits that nothing may change."""
+"""Latent attention is near plain numpy for every type of cache, and its bits depend on nothing else."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TYPES = ("f16", "f32", "q8_0", "q4_0", "q3_0", "q2_0")
 
 @dataclasses.dataclass
 class Case:
-    """Queries and keys of T positions, for some shape."""
+    """Random queries and keys of T positions, for some shape."""
 
     heads: int = 5
     nope: int = 24
@@ -38,7 +38,7 @@ class Case:
         self.absorbed = random(self.heads, self.width)
         self.absorbed[:, :, self.latent :] = np.nan  # to be written
         self.keys = random(self.width, gain=3)
-        self.keys[:, 0] *= 8  # a channel that stands out
+        self.keys[:, 0] *= 8  # an outlier channel
         self.norm = (1 + 0.2 * rng.standard_normal(self.latent)).astype(np.float32)
         angles = np.arange(self.T)[:, None] * 0.7 ** np.arange(self.rope // 2)
         self.cos, self.sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
@@ -62,7 +62,7 @@ class Case:
         return _core.Workspace(threads, self.T, 64, 64, capacity, self.width, self.heads)
 
     def run(self, kind, chunks, *, threads=2, capacity=None, call=_core.latent_attention):
-        """Returns the outputs [T, heads, latent], what became of queries and keys, and the cache."""
+        """Returns the outputs [T, heads, latent], the queries and keys as changed by the call, and the cache."""
         capacity = capacity or self.T
         ws, kv, layer = self.workspace(threads, capacity), self.cache(kind, capacity), self.layer()
         out = np.empty((self.T, self.heads * self.latent), np.float32)
@@ -76,7 +76,7 @@ class Case:
         return out.reshape(self.T, self.heads, -1), absorbed, keys, kv
 
     def prepared(self):
-        """Queries and keys as they are attended with, float64."""
+        """Returns queries and keys, normed and rotated, in float64."""
         latents, turned = np.split(self.keys.astype(float), [self.latent], 1)
         latents = reference.rms_norm(latents, self.norm.astype(float), 1e-6)
         queries = self.absorbed.astype(float)
@@ -150,13 +150,13 @@ def test_instruction_sets_are_bit_identical(case, kind, isas):
 @pytest.mark.parametrize("chunks", [[20], [1] * 20], ids=["prompt", "tokens"])
 @pytest.mark.parametrize("kind", TYPES)
 def test_what_does_not_fit_is_refused_and_leaves_nothing(kind, chunks, isa):
-    """What is not seen is multiplied with 0: an infinity that a refused key left behind would be seen by all."""
+    """Values that are not seen are multiplied by 0. So an infinity left behind by a refused key would spread to all."""
     case = Case(T=20)
     bad = {"f16": 65520.0, "q8_0": 8.4e6, "f32": np.inf}.get(kind, 9.9e5)
     refused = []
 
     def fail_first(ws, layer, q, absorbed, keys, pos, cos, sin, kv, out):
-        """Every chunk comes twice; the first time one of its numbers is too large."""
+        """Runs every chunk with a number that cannot be stored, which is refused, and then as it is."""
         for value, said in ((bad, "a key"), (np.nan, "a key is not a finite number")):
             worse = keys.copy()
             worse[-1, -1] = value
@@ -211,7 +211,7 @@ def test_each_head_has_its_matrix(T, extra, isa):
 
 
 def test_the_absorbed_form_is_the_papers():
-    """From projections to what the heads give, against every head with keys and values of its own."""
+    """From projections to the heads' outputs, against the form in which every head has its own keys and values."""
     case, value = Case(heads=6, nope=40, latent=64, T=50), 48
     k_b, v_b = (matrix(case.heads * n, m, n)[1] for n, m in ((64, 40), (value, 64)))
     ws = _core.Workspace(2, case.T, 64 * case.heads, 64, case.T, case.width, case.heads)

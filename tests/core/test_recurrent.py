@@ -1,4 +1,4 @@
-"""Recurrent mixers: agree with plain float64 loops, and are bit-identical however the tokens come."""
+"""Recurrent mixers agree with plain float64 loops, and give the same bits however tokens are split into passes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def rows(a, start, stop):
 
 
 class Conv:
-    """A short convolution; `silu` after it and a bias, or neither."""
+    """A random short convolution, with `silu` and a bias or with neither."""
 
     def __init__(self, T, taps, C, silu, seed=0):
         rng = RNG(seed)
@@ -44,7 +44,7 @@ class Conv:
 
 
 class Delta:
-    """A gated delta rule: `channel` decays per key channel, `bounded` ones."""
+    """A random gated delta rule; `channel`: with a decay per key channel; `bounded`: with bounded decays."""
 
     def __init__(self, T, Hk, Hv, dk, dv, *, channel=False, bounded=False, seed=0):
         rng = RNG(seed)
@@ -243,7 +243,7 @@ def test_what_does_not_fit_is_refused():
 
 
 def run_delta(qkv, decay, beta, state):
-    """One head of 16 by 16 whose steps decay by exp(-softplus(decay)); returns what comes out and the state."""
+    """Runs one head of 16 by 16 with decays exp(-softplus(decay)); returns the output and the state."""
     out = np.empty((len(qkv), 16), F)
     _core.delta_rule(
         workspace(), qkv.astype(F), np.full((len(qkv), 1), decay, F), np.full((len(qkv), 1), beta, F),
@@ -262,7 +262,7 @@ def test_delta_rule_decays_before_it_reads_and_reads_after_it_writes():
     np.testing.assert_allclose(state[0], unit.T @ v, rtol=1e-5, atol=1e-6)
     query = q / np.sqrt((q * q).sum() + 1e-6) / 4
     np.testing.assert_allclose(written, query @ state[0], rtol=1e-4, atol=1e-6)
-    # The same value again is no change, but for what was forgotten before the state was read.
+    # Writing the same value again changes nothing.
     both = np.concatenate([np.concatenate([q, k, v], 1)] * 2)
     run_delta(both, -30.0, 30.0, state)
     np.testing.assert_allclose(state[0], unit.T @ v, rtol=1e-4, atol=1e-5)

@@ -1,4 +1,4 @@
-"""The cache's books against the kernel's: what slots take by `mincore`, while levels mix and the budget changes."""
+"""The cache's books agree with the kernel's, which `mincore` tells, while levels mix and the budget changes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _libc.mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p)
 
 
 def resident_bytes(owner) -> int:
-    """What of the slots of a cache, or of a layer's keys and values, is in memory, as the kernel says."""
+    """Returns how many bytes of a cache's slots, or of a layer's keys and values, are in memory, by the kernel."""
     content = owner.content
     pages = ctypes.create_string_buffer(-(-content.size // mmap.PAGESIZE))
     assert _libc.mincore(content.ctypes.data, content.size, pages) == 0, ctypes.get_errno()
@@ -64,7 +64,7 @@ def test_slots_never_take_more_than_the_books_say(moe, top, experts):
         taken = resident_bytes(cache)
         assert taken <= stats["committed_bytes"] <= stats["budget_bytes"] <= experts * top
         fullest = max(fullest, taken)
-    assert fullest > 0.9 * int(experts * top) - top  # the bound is used, too
+    assert fullest > 0.9 * int(experts * top) - top  # the budget is used up, too
 
 
 def test_pages_of_a_lower_level_go_back_to_the_system(moe, top):
@@ -74,7 +74,7 @@ def test_pages_of_a_lower_level_go_back_to_the_system(moe, top):
     for expert in range(4):
         assert cache.shrink(expert, 1)
     assert resident_bytes(cache) == cache.stats["committed_bytes"] == 4 * cache.slot_bytes(1)
-    # Where a large one lay, a small one leaves the rest to others.
+    # A small expert in the slot of a large one leaves the other pages to others.
     for expert in range(4):
         assert cache.shrink(expert, 0)
     run(cache, [8, 9, 10, 11], [1] * 4)
@@ -87,7 +87,7 @@ def test_a_smaller_budget_gives_pages_back_before_it_returns(moe, top):
     run(cache, range(6), [TOP] * 6)
     assert (cache.residency > 0).sum() == 2
     cache.set_budget(6 * top)
-    for _ in range(4):  # those that are used most stay
+    for _ in range(4):  # the most used ones stay
         run(cache, [4, 5], [TOP] * 2)
     run(cache, range(6), [TOP] * 6)
     assert np.flatnonzero(cache.residency).tolist() == [0, 1, 2, 3, 4, 5]
@@ -99,7 +99,7 @@ def test_a_smaller_budget_gives_pages_back_before_it_returns(moe, top):
     with pytest.raises(OutOfBudget, match="one expert takes"):
         cache.set_budget(top - 4096)
     assert cache.stats["budget_bytes"] == 2 * top + 4096
-    cache.set_budget(100 * top)  # no more than what slots were made for
+    cache.set_budget(100 * top)  # limited to what slots were made for
     assert cache.stats["budget_bytes"] == 6 * top
     run(cache, range(8), [TOP] * 8)
     assert resident_bytes(cache) == cache.stats["committed_bytes"] == 6 * top

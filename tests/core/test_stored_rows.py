@@ -1,4 +1,4 @@
-"""Rows that are looked up in a file: the bits of the whole matrix at its highest level, whatever of it is resident."""
+"""Rows looked up in a file have the bits of the whole matrix at its highest level, however much of it is resident."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SCALE = 0.37
 
 
 class Stored:
-    """A matrix of random rungs, in a file."""
+    """A matrix of random rungs in a file."""
 
     def __init__(
         self, path, rows, cols, *, scheme="nested", ladder=(2, 3, 4, 6, 8), scales=(1,), ranks=()
@@ -28,7 +28,7 @@ class Stored:
         self.path, self.shape, self.widths = path, (rows, cols), plane_widths(ladder)
         self.coding = (scheme, scales, ranks)
         self.lengths = of.rung_bytes(rows, cols, ladder, "experts.down")
-        rng = np.random.default_rng(rows)  # as floats of 16 bits, so that all scales are finite
+        rng = np.random.default_rng(rows)  # bytes of finite float16, so that all scales are finite
         self.rungs = [
             rng.standard_normal(n // 2).astype(np.float16).view(np.uint8) for n in self.lengths
         ]
@@ -40,7 +40,7 @@ class Stored:
         return START + sum(self.lengths[:rung])
 
     def first(self, count):
-        """The first rungs, resident."""
+        """Returns the first rungs as a resident matrix."""
         if not count:
             return None
         return _core.Nested.from_rungs(
@@ -102,7 +102,7 @@ def test_rows_are_those_of_the_whole_matrix(tmp_path, coding, shape, verify):
 @pytest.mark.parametrize("verify", [True, False])
 @pytest.mark.parametrize("cols", [64, 1100])
 def test_blocks_near_each_other_and_far_apart(tmp_path, cols, verify):
-    """Near ones are one read, as far as there is room; some are not asked for; the last one ends the matrix."""
+    """Blocks near each other are one read, as far as there is room. Some are skipped; the last ends the matrix."""
     stored = Stored(tmp_path / "x", 16 * 130 - 7, cols, ranks=(0, 8, 8, 0, 8))
     whole = stored.first(5)
     for resident in (0, 3):
@@ -122,7 +122,7 @@ def test_whatever_instruction_set(tmp_path, isa):
 @pytest.mark.parametrize("resident", [0, 2])
 @pytest.mark.parametrize("coding", ["correction", "mwq"])
 def test_damage_is_found_at_the_start(tmp_path, coding, resident):
-    """Wherever it lies in the rungs that are missing."""
+    """Wherever the damage is in the rungs that are not resident."""
     stored = Stored(tmp_path / "x", 70, 130, **CODINGS[coding])
     for rung, length in enumerate(stored.lengths):
         for at in (0, length // 2, length - 1):
@@ -159,7 +159,7 @@ def test_damage_is_found_when_its_block_is_read(tmp_path):
 def test_a_file_that_is_cut_is_an_error_and_rows_that_were_read_last_are_there(tmp_path):
     stored = Stored(tmp_path / "x", 800, 128)
     rows, content = stored.open(1), stored.path.read_bytes()
-    last = rows_of(rows, range(300, 556))  # as many as are kept
+    last = rows_of(rows, range(300, 556))  # as many rows as are kept
     os.truncate(stored.path, 8192)
     assert np.array_equal(rows_of(rows, range(300, 556)), last)
     for ids in ([299], list(range(800))):

@@ -1,6 +1,6 @@
-"""Types of the core, `_core.pyi`, against the signatures that the built module itself gives.
+"""The types in `_core.pyi` agree with the signatures of the built module.
 
-`mypy.stubtest`, which `scripts/check` runs, sees only names there: pybind11's functions have no signature to inspect.
+`mypy.stubtest`, which `scripts/check` runs, compares only names: pybind11's functions have no signature to inspect.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ STUB = ast.parse(Path(_core.__file__).with_name("_core.pyi").read_text())
 
 
 def arguments(function: ast.FunctionDef) -> Arguments:
-    """Returns name, kind and default of each argument but self."""
+    """Returns the name, kind and default of each argument except self."""
     a = function.args
     plain = [*a.posonlyargs, *a.args]
     defaults = [None] * (len(plain) - len(a.defaults)) + [ast.unparse(d) for d in a.defaults]

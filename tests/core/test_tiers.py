@@ -1,4 +1,4 @@
-"""Experts in a device's memory over those in the host's over the file, against a small Python model of both."""
+"""Experts in a device's memory, the host's memory and the file, compared with a small Python model."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from edgemoe.store import ExpertStore, expert_bytes
 from edgemoe.store.tiers import Tiers
 
 N, EACH, TOP = 16, 8, 5
-"""Experts of the tiny model, those of a layer, and its levels."""
+"""The experts of the tiny model, of one of its layers, and its levels."""
 MOST = 3
-"""Experts of a request."""
+"""The most experts of a request."""
 
 
 class Model:
-    """Says of both tiers what must be where, in the words of docs/cuda.md and as slowly as can be."""
+    """A slow, obvious model of both tiers, by the rules of docs/cuda.md: which expert must be where."""
 
     def __init__(self, sizes, host_bytes, device_slots):
         self.sizes, self.host_bytes, self.device_slots = sizes, host_bytes, device_slots
         self.host, self.device = {}, {}
         self.moving = {}
-        """What is being copied to the device, or was and failed: a place is theirs until that is known."""
+        """Experts being copied to the device, with levels. A failed copy holds its slot until the failure is seen."""
         self.failed = set()
         self.uses, self.host_uses = np.zeros(N), np.zeros(N)
         self.weight = self.host_weight = 1.0
@@ -93,7 +93,7 @@ class Model:
                 self.failed.add(e)
 
     def arrive(self):
-        """All copies of before have ended."""
+        """Ends all earlier copies."""
         for e, level in self.moving.items():
             if e not in self.failed:
                 self.device[e] = level
@@ -128,7 +128,10 @@ class Model:
         del self.host[min((e for e in self.host if e not in kept), key=self.host_uses.__getitem__)]
 
     def close(self, here):
-        """What the host ran most of may be on the device, unless nothing there is used less by a fifth."""
+        """Chooses for promotion the most used of what the host ran.
+
+        On a full device each must be used a fifth more than the least used expert there.
+        """
         if not here:
             return
         order = sorted(here, key=lambda e: -self.uses[e])[:2]
@@ -148,7 +151,7 @@ class Model:
     def shrink(self, e, level):
         for tier in (self.host, self.device):
             if tier is self.device and e in self.moving:
-                continue  # what is copied stays
+                continue  # an expert that is being copied stays
             if 0 < level < tier.get(e, 0):
                 tier[e] = level
             elif level == 0:
@@ -160,7 +163,7 @@ class Model:
             self.evict()
 
     def look(self, residency):
-        """What was being copied may be there by now; nothing else may be."""
+        """Checks the device's residency. Experts that were being copied may have arrived; nothing else may have."""
         there = {e: int(lv) for e, lv in enumerate(residency) if lv}
         for e, level in list(self.moving.items()):
             if there.get(e, 0) >= level and e not in self.failed:
@@ -174,7 +177,7 @@ def moe(tiny_moe):
 
 
 def opened(moe, in_ram, slots):
-    """Tiers with room for so many experts each, and the device."""
+    """Returns tiers with room for so many experts each, and the device."""
     each = expert_bytes(moe, TOP)
     device = _core.Device(plug_in(), 0, slots * each + (1 << 23))
     host = ExpertStore.open(
@@ -184,7 +187,7 @@ def opened(moe, in_ram, slots):
 
 
 def settle(device):
-    """Waits for all copies: memory is given back after all work."""
+    """Waits for all copies: giving back an array's memory waits for all work."""
     _core.DeviceArray(device, (0,))
 
 
@@ -213,7 +216,7 @@ def test_random_requests_equal_the_model(moe, slots, in_ram, mixed):
             model.limit(limit)
             assert tiers.residency.tolist() == model.residency()
         n, layer = int(rng.integers(1, MOST + 1)), int(rng.integers(2))
-        # Some are wanted more often, and others at times.
+        # Some experts are wanted more often than others, and sometimes that changes.
         p = np.roll(0.5 ** np.arange(EACH), rng.integers(EACH) if rng.random() < 0.1 else 0)
         experts = EACH * layer + rng.choice(EACH, n, replace=False, p=p / p.sum())
         levels = rng.integers(1, TOP + 1, n) if mixed else np.full(n, TOP)
@@ -236,7 +239,7 @@ def test_random_requests_equal_the_model(moe, slots, in_ram, mixed):
         model.close(here)
         model.look(tiers.device.residency)
         assert {e: int(lv) for e, lv in enumerate(tiers.host.residency) if lv} == model.host
-        if len(here):  # else it looks at nothing
+        if len(here):  # otherwise residency is not brought up to date
             assert tiers.residency.tolist() == model.residency()
         assert tiers.device.stats["committed_bytes"] <= most
         assert device.stats["peak_bytes"] <= device.stats["budget_bytes"]
@@ -247,7 +250,7 @@ def test_random_requests_equal_the_model(moe, slots, in_ram, mixed):
 
 
 def test_what_is_copied_again_at_more_bits_is_whole(moe):
-    """The host had no more than the first bits when the device got the expert."""
+    """When the expert first came to the device, the host had only its first bits."""
     tiers, device = opened(moe, 3, 2)
     shape = (4, 512, 512, 32, 16, 2)
     x = np.random.default_rng(0).standard_normal((1, moe.config.hidden_size)).astype(np.float32)

@@ -28,7 +28,7 @@ def test_sections_are_added_and_replaced(path: Path) -> None:
     after = open_moe(path)
     assert after.sections == {**before.sections, "quality": b"second", "b": b"\0" * 5000}
     assert after.file_bytes == path.stat().st_size
-    # Nothing that was there has moved or changed but the preamble.
+    # Nothing but the preamble has moved or changed.
     assert path.read_bytes()[PREAMBLE.size : len(raw)] == raw[PREAMBLE.size :]
 
 
@@ -50,7 +50,7 @@ def test_every_interrupted_state_is_the_old_file(path: Path) -> None:
     for end in (len(old), len(old) + 1, 4096 * 3 + len(old), len(new) - 1, len(new)):
         path.write_bytes(old + new[len(old) : end])
         assert open_moe(path).sections == sections
-    add_sections(path, {"b": b"y"})  # and the next one starts from there
+    add_sections(path, {"b": b"y"})  # the next addition starts from there
     assert open_moe(path).sections == {**sections, "b": b"y"}
 
 
@@ -105,7 +105,7 @@ def test_what_was_added_to_a_file_that_was_replaced_is_said_to_be_lost(
 
     def appending(*arguments) -> None:
         real(*arguments)
-        os.replace(other, path)  # as another conversion does
+        os.replace(other, path)  # as another conversion would
 
     monkeypatch.setattr(append, "_append", appending)
     content = path.read_bytes()

@@ -1,4 +1,4 @@
-"""Files that hold of every expert only the bits of an allocation."""
+"""Files that hold only as many bits of each expert as an allocation says."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def alloc(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory) -> Path:
-    """A file with the codes of the whole one, so that the two can be compared bit by bit."""
+    """A file with the same codes as the whole one, so that the two can be compared bit by bit."""
     path = tmp_path_factory.mktemp("small") / "small.moe"
     convert(tiny_checkpoint(), path, scheme=WHOLE, allocation=allocation())
     return path
@@ -69,7 +69,7 @@ def small(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def expected(tiny_moe, alloc):
-    """What the whole file says at the same bits."""
+    """The logits and the reply of the whole file at the same bits."""
     with edgemoe.load(tiny_moe, bits="auto", allocation=alloc) as engine:
         return engine.logits(IDS), list(engine.generate(list(IDS[:20]), GREEDY))
 
@@ -77,23 +77,23 @@ def expected(tiny_moe, alloc):
 def test_it_holds_those_bits_and_no_more(small, tiny_moe):
     moe, whole = open_moe(small), open_moe(tiny_moe)
     assert (moe.expert_bits == BITS).all()
-    assert [rung[0] for rung in moe.ladder] == [2, 3, 4, 6]  # nobody has 8
+    assert [rung[0] for rung in moe.ladder] == [2, 3, 4, 6]  # no expert has 8
     assert moe.dense_ladder == whole.dense_ladder
     missing = sum(
         -(-whole.experts.ends[-1] // ALIGNMENT) - -(-whole.experts.ends[RUNGS[b] - 1] // ALIGNMENT)
         for b in BITS.reshape(-1).tolist()
     )
-    # But for padding and the index, which is a little shorter too.
+    # Apart from padding and from the index, which is a little shorter too.
     saved = tiny_moe.stat().st_size - small.stat().st_size
     assert abs(saved - missing * ALIGNMENT) < 2 * ALIGNMENT
     assert verify(moe) == []
     experts = int((-(-moe.experts.sizes(4) // ALIGNMENT)).mean() * ALIGNMENT) * 16
-    dense = sum(sum(t.lengths) for t in moe.tensors.values())  # all of it goes with the highest
+    dense = sum(sum(t.lengths) for t in moe.tensors.values())  # whole at the top level
     assert Forecast(small).file_bytes(6) == experts + dense
 
 
 def test_its_weights_are_those_of_the_whole_file(small, tiny_moe):
-    """Read with numpy alone, from the one file; with the core, from the other."""
+    """The weights of one file are read with numpy, those of the other with the core."""
     moe = open_moe(tiny_moe)
     cache = ExpertStore.open(moe, bits=8, budget_bytes=1 << 22, verify=True).cache
     decoded = Decoded(small)
@@ -126,13 +126,13 @@ def test_it_runs_as_the_whole_file_would(small, expected, monkeypatch, num_exper
 def test_every_scheduler_runs_on_it(small, expected, monkeypatch, scheduler, options):
     with_slots(monkeypatch, int(3.3 * expert_bytes(open_moe(small), 4)))
     if scheduler == "auto":
-        options = {}  # has levers of its own
+        options = {}  # it sets the options itself
     with edgemoe.load(small, scheduler=scheduler, options=options) as engine:
         engine.logits(IDS)
         assert len(list(engine.generate(list(IDS[:20]), GREEDY))) > 0
         engine.model.store.cache.check_integrity()
         assert 0 < engine.stats.average_bits <= 6
-    # Nobody takes an expert that is all there for one that waits for its upper bits.
+    # An expert that is whole in memory is never taken for one whose upper bits are missing.
     with_slots(monkeypatch, 1 << 22)
     if scheduler in ("on-demand", "hobbit"):
         with edgemoe.load(small, scheduler=scheduler, options=options) as engine:
@@ -152,7 +152,7 @@ def test_everything_fits_in_what_it_holds(small, expected):
         assert stats["evictions"] == 0
         assert stats["resident_bytes"] <= all_expert_bytes(moe, 4)
         used = np.flatnonzero(engine.model.store.residency.reshape(-1))
-        assert (engine.model.store.residency.reshape(-1)[used] == 4).all()  # all of each is there
+        assert (engine.model.store.residency.reshape(-1)[used] == 4).all()  # each is whole
         assert stats["bytes_read"] == sum(
             -(-moe.experts.sizes(4)[e] // 4096) * 4096 for e in used.tolist()
         )
@@ -206,7 +206,7 @@ def test_auto_is_what_it_has_unless_it_is_told_fewer(small, expected, alloc, tmp
 
 
 class Model:
-    """Says what a cache of experts of several sizes must hold after requests of one expert each."""
+    """A model of a cache whose experts differ in size: what it must hold after requests for one expert each."""
 
     def __init__(self, sizes, rungs, top, budget):
         self.sizes, self.rungs, self.top, self.budget = sizes, rungs, top, budget
@@ -265,7 +265,7 @@ def test_single_requests_equal_the_model(small, budget, top):
 
 
 def test_an_expert_may_be_asked_for_at_levels_that_are_one_to_it(small):
-    """A prompt's tokens may want one expert at several bits, of which it has the lowest."""
+    """A prompt's tokens may want one expert at several precisions, while the file has only the lowest of them."""
     moe = open_moe(small)
     for budget in (expert_bytes(moe, 4), 1 << 22):
         cache = ExpertStore.open(moe, bits=6, budget_bytes=budget, verify=True).cache
@@ -305,7 +305,7 @@ def test_a_real_run_has_exactly_the_hits_of_its_replay(small, tmp_path, monkeypa
 
 
 def rewritten(path: Path, to: Path, change) -> Path:
-    """Copies a file with another table of experts."""
+    """Copies a file, and changes its table of experts."""
     data = bytearray(path.read_bytes())
     *_, offset, length, _ = PREAMBLE.unpack(data[: PREAMBLE.size])
     index = json.loads(data[offset : offset + length])
@@ -337,7 +337,7 @@ def sum_of_nothing(table):
     table[0, 5] = 1
 
 
-def more_than_there_is(table):  # the next record begins where this one would go on
+def more_than_there_is(table):  # the next record begins before this one would end
     table[0, 4::2] = table[3, 4::2]
 
 
@@ -460,7 +460,7 @@ def test_levels_count_what_is_there(small):
     moe = open_moe(small)
     found = levels(moe)
     assert [level.bits for level in found] == [2, 3, 4, 6]
-    assert [level.dense_bits for level in found] == [2, 3, 4, 8]  # all of the rest with all experts
+    assert [level.dense_bits for level in found] == [2, 3, 4, 8]  # whole, where experts are
     for i, level in enumerate(found, start=1):
         ends = [moe.experts.ends[min(i, RUNGS[b]) - 1] for b in BITS.reshape(-1).tolist()]
         assert level.expert_bytes == sum(ends)
@@ -480,7 +480,7 @@ def test_commands(small, alloc, tmp_path, capsys):
     assert main(["quality", str(small), "--chunk", "32", "--chunks", "2", "--bits", "auto", "6", "2"]) == 0  # fmt: skip
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| on-demand")]
     assert len(rows) == 3
-    assert rows[0].split("|")[3:6] == rows[2].split("|")[3:6]  # auto is all that there is
+    assert rows[0].split("|")[3:6] == rows[2].split("|")[3:6]  # auto means all bits in the file
     assert "| 100.00% |" in rows[2]
 
     checkpoint, path = families.make("olmoe", tmp_path / "olmoe"), tmp_path / "x.moe"

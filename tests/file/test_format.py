@@ -1,4 +1,4 @@
-"""A bad file is a FormatError that names the broken part; a good one comes back as it was written."""
+"""A bad file raises a FormatError that names the broken part; a good one reads back as it was written."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def data(tiny_moe):
 
 @pytest.fixture
 def broken(tmp_path):
-    """Writes bytes to a file and returns the one-line error of opening it."""
+    """Returns a function that writes bytes to a file and checks the one-line error of opening it."""
 
     def check(content, match):
         path = tmp_path / "broken.moe"
@@ -55,7 +55,7 @@ def test_what_is_written_comes_back(tiny_moe):
     moe = open_moe(tiny_moe)
     source = SourceModel(tiny_checkpoint())
     assert moe.config == source.config
-    assert moe.scheme.name == "nested"  # what a file without the field holds
+    assert moe.scheme.name == "nested"  # the scheme of a file without the field
     assert moe.scheme.row_scales == (1,)
     assert moe.sections["tokenizer.json"] == tiny_checkpoint().files["tokenizer.json"]
     assert moe.source["name"] == "tiny"
@@ -189,7 +189,7 @@ def test_a_wrong_expert_table_is_refused(data, broken, word, value, match):
 
 
 def read_table(tiny_moe, n, every, wanted):
-    """Reads a table of `n` records, a page free before each `every`th; returns what is claimed."""
+    """Reads a table of `n` records with an unused page before each `every`th; returns the ranges that it claims."""
     moe = open_moe(tiny_moe)
     ends = expert_rung_bytes(moe.config, moe.scheme, moe.ladder)
     row = np.dtype([("offset", "<u8"), ("rungs", [("end", "<u4"), ("crc", "<u4")], len(ends))])
@@ -215,17 +215,17 @@ def test_runs_of_expert_records_are_checked_as_one(tiny_moe):
 
 
 def test_a_look_into_a_file_takes_few_mib(tiny_moe, tmp_path):
-    most = (2 << 20) // 48  # records of five rungs that are looked at
+    most = (2 << 20) // 48  # as many records of five rungs as are looked at
     tracemalloc.start()
     try:
         read_table(tiny_moe, most, 3, ())
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert peak < 12 << 20  # the table itself among it, twice
+    assert peak < 12 << 20  # including two copies of the table
     with pytest.raises(FormatError, match="in 16385 runs; 16384 are looked through here at most"):
         read_table(tiny_moe, (1 << 14) + 1, 1, ())
-    assert len(read_table(tiny_moe, (1 << 14) + 1, 1, None)) == (1 << 14) + 1  # where it is run
+    assert len(read_table(tiny_moe, (1 << 14) + 1, 1, None)) == (1 << 14) + 1  # a file that is run
     path = tmp_path / "x.moe"
     path.write_bytes(tiny_moe.read_bytes())
     add_sections(path, {"quality": bytes(2 << 20)})
@@ -235,7 +235,7 @@ def test_a_look_into_a_file_takes_few_mib(tiny_moe, tmp_path):
 
 
 def test_random_damage_never_crashes(data, tmp_path):
-    """Anything may be refused; nothing may crash, hang or be believed silently."""
+    """A damaged file may be refused; it must not crash, hang, or be accepted with other contents."""
     rng = np.random.default_rng(5)
     path = tmp_path / "damaged.moe"
     good = bytes(data)
@@ -253,7 +253,7 @@ def test_random_damage_never_crashes(data, tmp_path):
         except (FormatError, ValueError) as error:
             assert str(path) in str(error)
             refused += 1
-    assert refused > 120  # the rest hit padding, or an expert that was not asked for
+    assert refused > 120  # others hit padding, or an expert that was not used
 
 
 def test_a_broken_rung_is_named_and_can_be_ignored(data, tmp_path):
@@ -472,7 +472,7 @@ def test_a_file_system_without_direct_reads_works(tiny_moe):
 
 
 def test_a_disk_that_fills_up_loses_nothing(tmp_path, tiny_moe):
-    """A limit on the size of files stands for the disk: writing beyond it fails like on a full one."""
+    """A limit on file size stands in for a full disk: writing beyond it fails in the same way."""
     out = tmp_path / "out.moe"
     code = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000));"

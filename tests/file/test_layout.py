@@ -1,4 +1,4 @@
-"""The places of a file follow from the model alone; what a file ends with reads back as what was planned."""
+"""The layout of a file follows from the model alone, and its index reads back as planned."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_the_ending_says_where_all_is(config):
     }  # fmt: skip
     norm = found.places["norm"]
     assert index["tensors"]["norm"] == ["f32", [96], norm.offset, [[384, 7]]]
-    # The third expert has two of five rungs; the others end where the second does, without a sum.
+    # The third expert has two of five rungs; the other three are empty, and have no checksum.
     place = found.places["experts.0.2"]
     row = struct.unpack_from("<Q10I", table, 2 * 48)
     end = sum(place.sizes)
@@ -93,7 +93,7 @@ def test_bits_of_w_down_must_climb():
 
 
 def test_no_weights_are_needed(config):
-    """Planning is arithmetic: a model of 46 GB takes as long as one of 500 kB with as many tensors."""
+    """Planning is arithmetic: for a model of 46 GB it takes as long as for one of 500 kB with as many tensors."""
     large = dataclasses.replace(
         config, hidden_size=1 << 14, expert_hidden=1 << 15, vocab_size=1 << 20
     )

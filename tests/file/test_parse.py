@@ -1,4 +1,4 @@
-"""Any bytes are a value of bounded size and depth, or a FormatError that says where."""
+"""Parsing any bytes gives a value of bounded size and depth, or a FormatError that says where."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ def finished(path: Path, fingerprint: str = "f") -> bytes:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch):
-    """What is asked of the operating system, in order."""
+    """Records calls of the operating system, in order."""
     seen: list[tuple[object, ...]] = []
 
     def what(fd: int) -> str:
@@ -66,7 +66,8 @@ def calls(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_the_order_in_which_a_file_reaches_the_disk(tmp_path, calls, monkeypatch):
-    """Data before the log that says so, all before the preamble, that before the name, and this before its folder."""
+    """Data are synced before the log that lists them, everything before the preamble, the preamble before the rename,
+    and the rename before the folder."""
     monkeypatch.setattr(partial, "_SYNC_BYTES", 40)
     part = opened(tmp_path / "x")
     for name, rungs in RUNGS.items():
@@ -164,7 +165,7 @@ def test_room_that_the_partial_file_has_taken_counts_as_free(tmp_path, monkeypat
 
 
 def before_first_lock(monkeypatch: pytest.MonkeyPatch, meanwhile) -> None:
-    """Lets another process act between our opening a file and locking it."""
+    """Lets another process (`meanwhile`) act between opening a file and locking it."""
     real, calls = fcntl.flock, []
 
     def flock(file, how):
@@ -177,7 +178,7 @@ def before_first_lock(monkeypatch: pytest.MonkeyPatch, meanwhile) -> None:
 
 
 def test_who_finishes_first_keeps_the_file(tmp_path, monkeypatch):
-    """The second conversion has opened the partial file that the first one finishes before it is locked."""
+    """The second conversion opens the partial file, and the first one finishes it before the second locks it."""
     path, sound = tmp_path / "x", []
     opened(path).close()  # so that both open the same file
     before_first_lock(monkeypatch, lambda: sound.append(finished(path)))
@@ -241,7 +242,7 @@ def model(tiny_moe, tmp_path):
 
 
 def test_sections_go_to_the_file_that_has_the_name(model, tmp_path, monkeypatch):
-    """A conversion replaces the model between our opening and locking it: the section is added to the new one."""
+    """A conversion replaces the model between opening and locking it: the section goes to the new file."""
     other = shutil.copy(model, tmp_path / "new.moe")
     before_first_lock(monkeypatch, lambda: os.replace(other, model))
     add_sections(model, {"a": b"1"})

@@ -1,4 +1,4 @@
-"""What is read of a summed file is what was written; damage to any row, or to the header, is an error."""
+"""A file with checksums reads back as it was written; damage to any row, or to the header, is an error."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def read_all(path: Path) -> SummedFile:
 
 
 def is_noticed(path: Path) -> bool:
-    """Says whether damage is an error, or the file one without checksums, which a caller may refuse."""
+    """Returns whether damage raises an error, or makes it a file without checksums, which a caller may refuse."""
     try:
         return not read_all(path).is_summed
     except FormatError as error:
@@ -166,7 +166,7 @@ def test_what_is_no_such_file_is_refused(tmp_path: Path) -> None:
 def test_too_many_checksums_are_refused_before_they_are_read(
     path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, width: int
 ) -> None:
-    """A file may be sparse: a header alone makes it large."""
+    """A sparse file takes no room on the disk, so that a header alone can make it large."""
     size, most = 1 << 34, 1 << 20
     header = {"checksums": {"dtype": kind, "shape": [size // width], "data_offsets": [0, size]}}
     text = json.dumps(header).encode()

@@ -1,4 +1,4 @@
-"""Safetensors in memory are read where they lie."""
+"""Safetensors in memory are read in place, without copies."""
 
 from __future__ import annotations
 
@@ -54,14 +54,14 @@ def test_damage_is_a_value_error_or_other_numbers(seed):
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("kind", [np.float16, np.float32])
 def test_numbers_are_told_from_others(kind, bad):
-    array = np.full((3, 5), np.finfo(kind).max)  # whose sum is not finite
+    array = np.full((3, 5), np.finfo(kind).max)  # their sum overflows
     assert is_finite(array.astype(kind))
     array[1, 2] = bad
     assert not is_finite(array.astype(kind))
 
 
 def test_sections_are_not_copied():
-    """The budget counts them once, as they were read from the file; of predictors less stays, the core's in 8 bits."""
+    """The budget counts sections once, as read from the file. Predictors keep less: the core stores them in 8 bits."""
     L, E, D = 2, 4, 1 << 15
     zeros = np.zeros((L, E, 3), np.float32)
     routers = BitRouters(
@@ -113,7 +113,7 @@ def test_sections_that_nobody_keeps_do_not_count_against_the_experts(tiny_moe, t
     copy = shutil.copy(tiny_moe, tmp_path / "x.moe")
     add_sections(copy, {"LICENSE": bytes(64 << 20)})
     rooms = []
-    for path in (tiny_moe, copy):  # each in a process of its own, as what a process holds counts
+    for path in (tiny_moe, copy):  # in separate processes, as memory is measured
         code = "import edgemoe, sys; print(edgemoe.load(sys.argv[1], ram='400MiB').budget.room)"
         done = subprocess.run(
             [sys.executable, "-c", code, path], capture_output=True, text=True, check=True

@@ -1,4 +1,4 @@
-"""Files get their names when they are whole; locks are of what has the name; links of others are not followed."""
+"""Files get their names when complete; a lock is on the file that has the name; foreign links are not followed."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_a_link_of_the_users_leads_to_the_file(tmp_path: Path) -> None:
 
 
 def test_a_link_of_others_is_replaced(tmp_path: Path) -> None:
-    """Of a name that was made up, nothing is followed, written through, or kept."""
+    """A link or special file at a temporary name is replaced; it is neither followed nor written through."""
     (tmp_path / "theirs").write_bytes(b"theirs")
     (tmp_path / "theirs").chmod(0o666)
     (tmp_path / "link").symlink_to("theirs")
@@ -160,7 +160,7 @@ def test_one_process_has_a_lock(tmp_path: Path) -> None:
 
 
 def test_what_is_locked_is_what_has_the_name(tmp_path: Path, monkeypatch) -> None:
-    """Between opening and locking another process renames the file, which is then somebody's finished result."""
+    """Between opening and locking, another process renames the file: it is then a finished result, not ours to lock."""
     path, moved = tmp_path / "x.part", tmp_path / "x"
     path.write_bytes(b"finished")
     real, calls = fcntl.flock, []
