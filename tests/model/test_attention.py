@@ -1,4 +1,4 @@
-"""Attention against plain numpy, for every pair of KV cache types, and the bits that nothing may change."""
+"""Attention is near plain numpy for every pair of KV cache types, and its bits depend on nothing else."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TYPES = [
 
 @dataclasses.dataclass
 class Case:
-    """Projections of T positions, for some shape."""
+    """Random projections of T positions, for some shape."""
 
     heads: int = 6
     kv_heads: int = 2
@@ -47,12 +47,12 @@ class Case:
             (rng.standard_normal((self.T, n, self.head_dim)) * gain).astype(np.float32)
             for n, gain in ((self.heads, 2), (self.kv_heads, 2), (self.kv_heads, 1))
         )
-        self.k[:, :, 0] *= 8  # a channel that stands out, as keys have
+        self.k[:, :, 0] *= 8  # an outlier channel, as keys have
         self.sink = 3 * rng.standard_normal(self.heads).astype(np.float32)
         self.sink[0], self.sink[-1] = (
             -30,
             40,
-        )  # one that is nothing beside the scores, one that is all
+        )  # one far below the scores, one far above
         self.bias = rng.standard_normal((self.kv_heads, self.head_dim)).astype(np.float32)
         self.scale = float(np.float32(self.head_dim**-0.5))
 
@@ -77,7 +77,7 @@ class Case:
         for n in chunks:
             rows = slice(pos, pos + n)
             q, k, v = (x[rows].reshape(n, -1).copy() for x in (self.q, self.k, self.v))
-            # Turned by nothing, so that what is stored is known to the last bit.
+            # Rotations by nothing, so that the stored values are known to the last bit.
             cos = np.ones((n, self.head_dim // 2), np.float32)
             _core.attention(ws, layer, q, k, v, pos, cos, 0 * cos, None, kv, out[rows])
             pos += n
@@ -85,14 +85,12 @@ class Case:
         return out.reshape(self.T, self.heads, self.head_dim), kv
 
     def expected(self, types):
-        """The same in float64 on what is stored, one query at a time."""
+        """Returns the outputs in float64, from the keys and values as stored, one query at a time."""
         v, bias = self.v, 0
         if self.v_bias and (types[1].startswith("f") or self.v_norm):
             v = v + self.bias
         elif self.v_bias:
-            bias = (
-                self.bias
-            )  # is not stored, and what the weights give it is added to what comes out
+            bias = self.bias  # not stored, but added to the outputs, as weights sum to 1
         if self.v_norm:
             v = v / np.sqrt(np.square(v).mean(2, keepdims=True) + np.float32(1e-6))
         k, v = reference.as_stored(self.k, types[0]), reference.as_stored(v, types[1]) + bias
@@ -132,7 +130,7 @@ SHAPES = [
 def test_attention_is_what_numpy_says(case, types):
     got, _ = case.run(types, [case.T])
     expected = case.expected(types)
-    # What was normed before it is stored may be rounded the other way.
+    # Values that are normed before they are stored may be rounded the other way.
     if case.v_norm and types[1][:2] in ("q2", "q3", "q4"):
         assert np.sqrt(np.square(got - expected).mean()) < 0.01 * expected.std()
     else:
@@ -251,7 +249,7 @@ def test_a_pass_that_would_write_over_what_it_sees_is_refused():
     ("begin", "end"), [(0, 30), (250, 280), (505, 530), (512, 543), (700, 700)]
 )
 def test_positions_are_copied_between_rings(types, begin, end):
-    """Of two laps, what is seen from `end` on is copied away, written over, and copied back."""
+    """In a ring's second lap, the positions that are seen from `end` are copied away, overwritten, and copied back."""
     sizes = {"key_type": types[0], "value_type": types[1], "num_heads": 2, "head_dim": 18}
     ring, away = (_core.KvLayer(capacity=n, **sizes) for n in (256, 64))
     content = np.random.default_rng(0).integers(0, 256, len(ring.content), np.uint8)
@@ -268,14 +266,14 @@ def test_positions_are_copied_between_rings(types, begin, end):
         before, after = (x[start : start + size].reshape(2, 8, -1) for x in (content, ring.content))
         tiles = sorted({row // 32 for row in rows})
         assert np.array_equal(after[:, tiles], before[:, tiles]) or kind.startswith("q")
-        # Tiles of codes are half as long: only those of [begin, end) need be there.
+        # Tiles of codes have half as many positions: only those of [begin, end) need be there.
         halves_before, halves_after = (x.reshape(2, 16, -1) for x in (before, after))
         halves = sorted({at % 256 // 16 for at in range(begin, end)})
         assert np.array_equal(halves_after[:, halves], halves_before[:, halves]), is_key
 
 
 def writable(kv):
-    """The bytes of a layer, for writing."""
+    """Returns the bytes of a layer, writable."""
     view = kv.content
     return np.ctypeslib.as_array((ctypes.c_uint8 * len(view)).from_address(view.ctypes.data))
 
@@ -313,7 +311,7 @@ def test_instruction_sets_are_bit_identical(case, types, isas):
 
 
 def test_eight_bits_are_those_of_llama_cpp(isa):
-    """The stored codes and scales against the gguf package's q8_0, where head_dim is a multiple of 32."""
+    """The stored codes and scales are those of the gguf package's q8_0, where head_dim is a multiple of 32."""
     from gguf import GGMLQuantizationType, quants
 
     case = Case(heads=2, kv_heads=2, head_dim=64, T=33)
@@ -328,7 +326,7 @@ def test_eight_bits_are_those_of_llama_cpp(isa):
     )
     their_scales, their_codes = theirs[..., :2], theirs[..., 2:].view(np.int8)
     assert np.array_equal(scales[:, :33].transpose(1, 0, 2, 3), their_scales)
-    # They divide by the scale before it is rounded to float16.
+    # The package divides by the scale before rounding it to float16.
     difference = codes.transpose(1, 0, 2, 3).astype(int) - their_codes
     assert np.abs(difference).max() <= 1
     assert np.count_nonzero(difference) < 0.05 * difference.size
@@ -346,7 +344,7 @@ def test_small_values_stay_what_they_are(value, kind, isa):
     np.testing.assert_allclose(got, value, rtol=0.02 if value > 1e-9 else 0, atol=1e-9)
 
 
-# What a type holds at most, the first number that it does not, and what the error says of it.
+# For each type the largest number it can store, the first one it cannot, and the error for that.
 LIMITS = [
     (
         "f16",
@@ -391,7 +389,7 @@ def test_a_cache_that_refused_keeps_what_was_before(isa):
         attention = _core.attention
 
         def fail_first(*args):
-            """Every chunk comes twice; the first time one of its numbers is too large."""
+            """Runs every chunk twice; the first time one of its numbers is too large."""
             q, k, v, out = (args[i].copy() for i in (2, 3, 4, 10))
             k[-1, 5] = 1e6
             with pytest.raises(edgemoe.RangeError):
@@ -520,7 +518,7 @@ def test_an_unknown_type_gets_one_clear_line(tiny_moe, name):
 
 
 def test_an_engine_says_what_holds_its_values_and_goes_on(tmp_path, capsys):
-    """Values of which float16 cannot hold the largest: refused by name, and right in float32."""
+    """Values beyond float16 are refused with an error that names them, and are right in float32."""
     source = tiny_checkpoint(experts=2)  # all of them for each token: no near ties
     source.tensor("model.layers.1.self_attn.v_proj.weight")[:] *= 20_000
     source.tensor("model.layers.1.self_attn.o_proj.weight")[:] /= 20_000

@@ -1,4 +1,4 @@
-"""Every family, as `convert` maps it, computes what transformers computes; the rest is refused."""
+"""Every family, as `convert` maps it, computes what transformers computes; other models are refused."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def open_model(path: Path) -> SourceModel:
 
 
 def assert_same_function(path: Path) -> None:
-    """Checks that a checkpoint, read by us and run by the reference, is what transformers runs."""
+    """Checks that a checkpoint, read by our code and run by the reference, computes what transformers computes."""
     ids = families.random_ids(24)
     expected, expected_chosen = families.oracle(path, ids)
     model = open_model(path)
     tensors = {name: model.tensor(name) for name in dense_tensors(model.config)}
     got, chosen = reference.logits(model.config, tensors, model.expert, ids)
     assert np.abs(got - expected).max() <= 1e-4 * np.abs(expected).max()
-    # In order: where mixer and FFN are layers of their own, ours have other numbers.
+    # Compared in order, as layers have other numbers in families whose mixers and FFNs are separate layers.
     for mine, theirs in zip(chosen.values(), expected_chosen.values(), strict=True):
         np.testing.assert_array_equal(np.sort(mine), theirs)
 
@@ -302,7 +302,7 @@ def test_layers_that_predict_several_tokens_are_left_out_in_words(tmp_path: Path
 
 
 def test_experts_are_chosen_with_the_bias_and_weighed_without_it(tmp_path: Path) -> None:
-    """The trap of sigmoid routers: a bias that is large enough to decide alone leaves the gates as they are."""
+    """The trap of sigmoid routers: even a bias that decides the choice alone must leave the gates as they are."""
     path = families.make("glm4_moe", tmp_path)
     tensors = load_file(path / "model.safetensors")
     for name, t in tensors.items():

@@ -1,4 +1,4 @@
-"""Caches in 8 bits leave biases out, and attention has them: as exact as without, whatever the bias."""
+"""Caches in 8 bits or fewer leave out large key biases, and attention adds them: as exact as without biases."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Q8 = ("q8_0", "q8_0")
 
 
 def nested(rows, cols, gain=1.0):
-    """A matrix whose rows have about the length `gain`."""
+    """Returns a random matrix whose rows have about the length `gain`."""
     w = np.random.default_rng(1).standard_normal((rows, cols)) * gain / np.sqrt(cols)
     return _core.Nested.from_rungs(
         quantize(w.astype(np.float32), (8,)), rows, cols, plane_widths((8,))
@@ -31,7 +31,7 @@ def nested(rows, cols, gain=1.0):
 
 @dataclasses.dataclass
 class Case:
-    """Projections of T positions that biases are added to, some of them large."""
+    """Random projections of T positions, and biases to add, some of them large."""
 
     heads: int = 6
     kv_heads: int = 2
@@ -57,7 +57,7 @@ class Case:
         self.frequencies = (1e4 ** -np.linspace(0, 1, self.head_dim // 2)).astype(np.float32)
 
     def turned(self, x):
-        """x [T, heads, head_dim] turned by its positions, in float32 as kernels do it where x is that."""
+        """Returns x [T, heads, head_dim] rotated by its positions; float32 as in kernels, if x is float32."""
         angles = (np.arange(self.T, dtype=np.float32)[:, None] * self.frequencies).astype(float)
         cos, sin = (
             f(angles).astype(np.float32)[:, None] * np.float32(1.5) for f in (np.cos, np.sin)
@@ -66,7 +66,7 @@ class Case:
         return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
     def constants(self):
-        """What keys leave out, [kv_heads, head_dim]: pairs with a large bias."""
+        """Returns the biases that stored keys leave out, [kv_heads, head_dim]: those of pairs with a large bias."""
         out = self.bias["k"].astype(float)
         half = self.head_dim // 2
         length = np.hypot(out[:, :half], out[:, half:])
@@ -107,7 +107,7 @@ class Case:
         return out.reshape(self.T, self.heads, self.head_dim), kv
 
     def expected(self, types, constants):
-        """The same in float64 on what is stored and what is left out of it, one query at a time."""
+        """Returns the outputs in float64, from stored keys and the biases they leave out, one query at a time."""
         left = constants if types[0].startswith("q") else np.zeros_like(constants)
         late = self.bias["v"] if types[1].startswith("q") else np.zeros_like(self.bias["v"])
         k = self.turned(self.x["k"] + (self.bias["k"] - left.astype(np.float32)))
@@ -144,9 +144,7 @@ def test_attention_is_what_numpy_says(case, types, isa):
     assert 2 * case.layer().num_constants == np.count_nonzero(constants)
     got, _ = case.run(types, [case.T])
     expected = case.expected(types, constants)
-    if (
-        types[0] == "q4_0"
-    ):  # what is turned before it is stored may be rounded the other way, by a wide step
+    if types[0] == "q4_0":  # rotated keys may be rounded the other way, by a wide step
         assert np.sqrt(np.square(got - expected).mean()) < 0.01 * expected.std()
     else:
         np.testing.assert_allclose(got, expected, atol=2e-4)
@@ -182,7 +180,7 @@ def test_only_large_biases_of_plain_keys_are_left_out():
     assert case.layer().num_constants == 1
     assert case.layer(k=nested(80, 64, gain=0.5)).num_constants == 2
     assert case.layer(input_norm=np.full(64, 2.0, np.float32)).num_constants == 0
-    # What comes after a bias makes it no constant any more.
+    # A clip or norm after the bias makes it no constant any more.
     assert case.layer(clip=3.0).num_constants == 0
     assert case.layer(k_norm=np.ones(80, np.float32)).num_constants == 0
     assert case.layer(k=None).num_constants == 0
@@ -221,7 +219,7 @@ def test_positions_that_are_not_kept_are_refused():
 
 
 def biased(path: Path, bias: float, **config: Any) -> Path:
-    """A model that has a bias in one channel of the keys of every head."""
+    """Returns a model with a bias in one key channel of every head."""
     source = tiny_checkpoint(experts=2)
     source.config = {**source.config, **config}
     for layer in range(2):
@@ -231,7 +229,7 @@ def biased(path: Path, bias: float, **config: Any) -> Path:
 
 
 def divergence(got, expected):
-    """The mean KL divergence of the predictions."""
+    """Returns the mean KL divergence of the predictions."""
     p, q = (x - np.logaddexp.reduce(x, axis=1, keepdims=True) for x in (expected, got))
     return float((np.exp(p) * (p - q)).sum(1).mean())
 

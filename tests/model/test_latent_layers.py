@@ -1,4 +1,4 @@
-"""Models with latent attention, in a real file and engine; and the traps of their configurations."""
+"""Models with latent attention, in a real file and engine, and the traps of their configurations."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ LONG = {"max_position_embeddings": 400}
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
-    """Checkpoints by their setting, not to be changed."""
+    """Checkpoints by their setting; tests must not change them."""
     return {
         name: families.make(name, tmp_path_factory.mktemp(name), changes=LONG)
         for name in ("glm4_moe_lite", "deepseek_v2", "deepseek_v3", "mistral4")
@@ -48,7 +48,7 @@ def model(request, sources, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(model):
-    """The logits of all positions, computed at once, by the type of the cache."""
+    """By type of the cache, the logits of all positions, computed at once."""
     out = {}
     for kind in ("f16", "q8_0", "q4_0"):
         with edgemoe.load(model, cache_type_k=kind, cache_type_v=kind) as engine:
@@ -115,7 +115,7 @@ def test_the_budget_counts_every_byte_of_the_latents(model, kind):
         held = sum(layer.layer.content.nbytes for layer in layers)
         assert held == engine.budget.kv // 2 == state_bytes(engine.config, 100, KvTypes(kind, kind))
         (spec,) = engine.config.mixers
-        # One key for all heads, and no values beside it; tiles of 32 positions, or of 16 with a scale per 32 columns.
+        # One key for all heads and no separate values; tiles of 32 positions, or of 16 with a scale per 32 columns.
         tiles = {
             "f16": 128 * 2 * spec.key_dim,
             "f32": 128 * 4 * spec.key_dim,
@@ -191,7 +191,7 @@ def changed(source, tmp_path, **changes):
 
 
 def test_the_gating_function_of_glm_4_7_flash_is_sigmoid_whatever_the_file_says(sources, tmp_path):
-    """Released files name none, and a reader that then took softmax was wrong for weeks."""
+    """Released files name none; a reader that then assumed softmax was wrong for weeks."""
     checkpoint = changed(sources["glm4_moe_lite"], tmp_path, scoring_func=..., topk_method=...)
     config = SourceModel(checkpoint).config
     assert (config.scoring, config.choice_bias, config.gate_scale) == ("sigmoid", True, 1.8)

@@ -1,4 +1,4 @@
-"""Traps of Llama 4 and Phi-3.5-MoE, a test for each."""
+"""The traps of Llama 4 and Phi-3.5-MoE, with a test for each."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from edgemoe.ops.cpu import CpuOps
 
 @pytest.fixture
 def edited(tmp_path: Path):
-    """Returns a function that makes a checkpoint and changes its config.json afterwards."""
+    """Returns a function that makes a checkpoint and then changes its config.json."""
 
     def edit(name: str, changes: dict[str, object]) -> HFCheckpoint:
         checkpoint = HFCheckpoint(families.make(name, tmp_path / name))

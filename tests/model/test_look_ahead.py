@@ -1,4 +1,4 @@
-"""Reading ahead: what is wished for and what is learnt from it. Answers: test_engine.py, on every budget."""
+"""Reading ahead: what is asked for, and what is learnt from it. That answers stay the same is in test_engine.py."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_the_next_layers_guess_is_wished_for_at_the_bits_in_use():
 
 
 def several(layer, experts, ahead=None):
-    """A routing of decoding tokens of several sequences."""
+    """Returns the routing of several sequences, each with one token."""
     gates = np.full((len(experts), K), 0.5, np.float32)
     guess = None if ahead is None else np.array([ahead], np.int32)
     return Routing(
@@ -52,13 +52,13 @@ def test_guesses_of_several_sequences_are_read_in_turn_and_each_once():
     plan = OnDemand(SETTING).plan(several(0, [[3, 4], [4, 1]], [[7, 0], [2, 7]]), absent())
     assert plan.ahead.tolist() == [E + 7, E + 2, E + 0]
     assert plan.ahead_bits.tolist() == [4, 4, 4]
-    assert plan.experts.tolist() == [1, 3, 4]  # one read for both
+    assert plan.experts.tolist() == [1, 3, 4]  # a single read for both sequences
     assert OnDemand(SETTING).plan(several(2, [[3, 4], [4, 1]]), absent()).ahead is None
 
 
 def test_ranks_are_judged_by_all_sequences_that_guess():
     ahead = LookAhead(SETTING)
-    for _ in range(14):  # the second rank is right for nobody
+    for _ in range(14):  # the second rank is right for no sequence
         ahead.wishes(several(0, [[1, 2], [0, 3]], [[5, 6], [4, 2]]), absent())
         ahead.wishes(several(1, [[5, 7], [4, 1]], [[1, 2], [1, 2]]), absent((2, 2)))
         ahead.wishes(several(2, [[1, 0], [1, 4]]), absent())
@@ -66,7 +66,7 @@ def test_ranks_are_judged_by_all_sequences_that_guess():
     ahead.passed(2, 1.0)  # a prompt teaches nothing
     wishes, _ = ahead.wishes(several(0, [[1, 2], [0, 3]], [[5, 6], [4, 2]]), absent())
     assert wishes.tolist() == [E + 5, E + 4]
-    wishes, _ = ahead.wishes(routing(0, [1, 2], [5, 6]), absent())  # and one alone goes on with it
+    wishes, _ = ahead.wishes(routing(0, [1, 2], [5, 6]), absent())  # a single sequence too
     assert wishes.tolist() == [E + 5]
 
 
@@ -84,7 +84,7 @@ def test_a_rank_that_is_mostly_wrong_is_left_out():
 
 @pytest.mark.parametrize(("right", "is_worth"), [(4, False), (6, True)])
 def test_a_rank_is_worth_it_from_half_of_its_absent_experts(right, is_worth):
-    """Of ten tokens, `right` in turn want what the second rank guessed; the first is always right."""
+    """For `right` of every ten tokens the second rank predicts correctly; the first rank always does."""
     ahead = LookAhead(SETTING, trials=False)
     for token in range(400):
         ahead.wishes(routing(0, [1, 2], [5, 6]), absent())
@@ -103,7 +103,7 @@ def test_it_stays_only_where_tokens_are_faster(gain):
     for _ in range(200):
         states.append(ahead.is_on)
         ahead.passed(1, 1.0 - gain * ahead.is_on)
-    assert False in states  # it was tried without
+    assert False in states  # it also tried to be off
     assert ahead.is_on == (gain > 0)
     assert ("off" in ahead.report()) == (gain < 0)
 

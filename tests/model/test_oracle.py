@@ -1,6 +1,6 @@
-"""The engine against transformers: the same logits and the same experts, for every family and setting.
+"""The engine computes the logits of transformers and chooses its experts, for every family and setting.
 
-Logits are compared absolutely: a cosine, the order of tokens and the experts chosen are all blind to a factor.
+Logits are compared absolutely, as a cosine, the order of tokens and the chosen experts are all blind to a factor.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Array = NDArray[np.floating]
 
 
 class Chosen(Observer):
-    """Remembers which experts every layer's router chose."""
+    """An observer that records which experts every layer's router chose."""
 
     def __init__(self) -> None:
         self.layers: dict[int, list[np.ndarray]] = {}
@@ -39,7 +39,7 @@ class Chosen(Observer):
         )
 
     def same(self, expected: dict[int, np.ndarray]) -> NDArray[np.bool_]:
-        """Where all layers chose what is expected, [layers, T]."""
+        """Returns where each layer chose the expected experts, [layers, T]."""
         return np.array(
             [
                 (np.concatenate(self.layers[i]) == np.sort(true)).all(-1)
@@ -48,7 +48,10 @@ class Chosen(Observer):
         )
 
     def shared(self, expected: dict[int, np.ndarray]) -> NDArray[np.bool_]:
-        """Where all gates are about what is expected, as SparseMixer decides by 2% who shares one, [layers, T]."""
+        """Returns where all gates are about as expected, [layers, T].
+
+        In SparseMixer a difference of 2% decides which experts count for a gate.
+        """
         return np.array(
             [
                 (np.abs(np.concatenate(self.gates[i]) - true) < 0.1).all(-1)
@@ -59,8 +62,10 @@ class Chosen(Observer):
 
 @dataclass(frozen=True)
 class Against:
-    """Logits beside the true ones, at the positions up to the first where a router chose otherwise: a token that
-    took other experts changes those after it through attention."""
+    """Logits and the true ones, at the positions before the first where a router chose otherwise.
+
+    A token with other experts also changes later tokens, through attention.
+    """
 
     got: Array
     true: Array
@@ -72,18 +77,18 @@ class Against:
 
     @property
     def errors(self) -> Array:
-        """The largest of each position, in standard deviations of the true logits."""
+        """The largest error at each position, in standard deviations of the true logits."""
         errors: Array = np.abs(self.got - self.true).max(1) / self.true.std()
         return errors
 
     @property
     def scale(self) -> float:
-        """By how much the logits are longer than the true ones, as a share."""
+        """The relative excess of the logits' length over that of the true ones."""
         return float((self.got * self.true).sum() / (self.true * self.true).sum() - 1)
 
     @property
     def divergence(self) -> float:
-        """Mean KL divergence from the true predictions."""
+        """The mean KL divergence from the true predictions."""
         p, q = _log_softmax(self.true), _log_softmax(self.got)
         return float((np.exp(p) * (p - q)).sum(1).mean())
 
@@ -100,13 +105,13 @@ def _joined(parts: list[Against]) -> Against:
 
 @pytest.fixture(scope="module", params=families.SETTINGS)
 def compared(request, tmp_path_factory):
-    """Per setting: the logits beside transformers' and beside those of the decoded weights; what was chosen alike."""
+    """For each setting: logits compared with transformers' and with those of the decoded weights, and with choices."""
     tmp = tmp_path_factory.mktemp("oracle")
     path = families.make(request.param, tmp / "source")
     convert(HFCheckpoint(path), tmp / "x.moe", scheme=SCHEMES["nested"].thorough())
     decoded = Decoded(tmp / "x.moe")
     theirs, own, same, tops = [], [], [], []
-    shares = decoded.config.scoring == "sparsemixer"  # which makes fewer positions clean
+    shares = decoded.config.scoring == "sparsemixer"  # fewer positions are comparable then
     for seed in range(8 if shares else 4):
         ids = families.random_ids(24, seed=seed)
         seen = Chosen()
@@ -133,11 +138,11 @@ def compared(request, tmp_path_factory):
 
 
 def _folded(decoded: Decoded, ids: list[int]) -> tuple[Array, Array]:
-    """Returns logits of the same weights with column scales, and with these but for one norm that has none."""
+    """Returns logits of the same weights with column scales, and with one norm lacking its scales."""
     rng = np.random.default_rng(0)
     scales = ColumnScales(decoded.config)
     for row, values in enumerate(scales.values):
-        if scales.can_scale(row):  # powers of two, by which nothing is rounded
+        if scales.can_scale(row):  # powers of two, which round nothing
             values[:] = 2.0 ** rng.integers(-2, 3, len(values))
     tensors = {name: scales.folded(name, w) for name, w in decoded.tensors.items()}
 
@@ -154,10 +159,10 @@ def _folded(decoded: Decoded, ids: list[int]) -> tuple[Array, Array]:
 
 totals: dict[str, list[np.ndarray]] = {"same": [], "tops": []}
 
-# Measured over all settings, then about half as much again. Weights of 8 bits, activations of 8 bits beside
-# transformers: medians of the largest error 0.023 to 0.043, the worst position 0.17 (a router that was nearly of two
-# minds), length +-0.0006, KL 1.3e-4. The decoded weights leave the activations' rounding: 0.016 to 0.032 and 9e-5.
-# One factor of a percent anywhere before the logits is 0.01 in length.
+# Limits are about 1.5 times what was measured over all settings. With weights and activations in 8 bits, compared with
+# transformers: medians of the largest error 0.023 to 0.043, the worst position 0.17 (a near tie of a router), length
+# +-0.0006, KL 1.3e-4. Compared with the decoded weights, only the rounding of activations is left: 0.016 to 0.032 and
+# 9e-5. A wrong factor of one percent anywhere before the logits is 0.01 in length.
 
 
 def test_eight_bits_are_nearly_the_checkpoint(compared):

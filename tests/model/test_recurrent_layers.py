@@ -1,4 +1,4 @@
-"""Models whose layers keep a state that cannot go back token by token, in a real file and engine."""
+"""Models with recurrent layers, whose states cannot go back token by token, in a real file and engine."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def test_several_sequences_run_together(model, whole):
 
 
 def reply(engine, ids):
-    """Returns a reply, the bits of its last logits, and how many tokens of the prompt were known."""
+    """Returns a reply, a hash of its last logits, and how many tokens of the prompt were cached."""
     tokens = list(engine.generate(ids, GREEDY))
     return tokens, engine.stats.logits_hash, engine.stats.cached_tokens
 
@@ -167,15 +167,15 @@ def test_a_turn_that_is_edited_or_answered_again_goes_back_to_a_snapshot(model):
         made = reply(engine, first)[0]
         turn = first + made + second
         *expected, _ = reply(engine, turn)
-        # Once more: from where its reply begins.
+        # The same turn again goes on from where its reply begins.
         *again, known = reply(engine, turn)
         assert (again, known) == (expected, len(turn) - 16)
-        # The turn in other words: from where it begins.
+        # An edited turn goes on from where the turn begins.
         edited = first + made + [7, *second]
         *got, known = reply(engine, edited)
         assert known == 50 + len(made) - 1
         assert tuple(got) == fresh(model, edited)
-        # An earlier one: from the start, as only the last turn is kept.
+        # An earlier turn begins at the start, as only the last turn has snapshots.
         other = [*IDS[:20], 5, *IDS[21:70]]
         *got, known = reply(engine, other)
         assert known == 0
@@ -183,7 +183,7 @@ def test_a_turn_that_is_edited_or_answered_again_goes_back_to_a_snapshot(model):
 
 
 def test_a_reply_that_its_template_tells_otherwise_later(model):
-    """Templates of models that think leave the thoughts out when the conversation goes on."""
+    """Templates of reasoning models leave the reasoning out once the conversation goes on."""
     prompt = IDS[:50]
     later = [*prompt[:46], *IDS[70:100]]
     with edgemoe.load(model) as engine:

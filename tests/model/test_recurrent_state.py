@@ -1,4 +1,4 @@
-"""States of recurrent layers: they go back to what was kept, a few lengths, and never write over what counts."""
+"""States of recurrent layers go back to a few lengths that were kept, and never overwrite what counts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from edgemoe.model.recurrent import RecurrentState
 
 
 class Arrays:
-    """The verb of `Ops` that a state asks for; memory is not zero."""
+    """The only verb of `Ops` that a state uses; its arrays are not zeroed."""
 
     def __init__(self) -> None:
         self.made = 0
@@ -21,7 +21,7 @@ class Arrays:
 
 
 class Layer:
-    """Adds up what comes, in a state [1] and one [2]."""
+    """A layer whose state is the sum of its tokens, in arrays [1] and [2, 1]."""
 
     def __init__(self) -> None:
         self.ops = Arrays()
@@ -55,7 +55,7 @@ def run(layers, state, ids, stop_at=None) -> None:
 def check(layers, state) -> None:
     assert state.rewind(state.length) == state.length
     assert [layer.sum(state.length) for layer in layers] == [sum(state.ids)] * 2
-    assert state.rewind(state.length) == state.length  # what `sum` began is void
+    assert state.rewind(state.length) == state.length  # the pass that `sum` began is void
 
 
 def test_memory_is_what_is_said():
@@ -87,7 +87,7 @@ def test_the_last_snapshots_can_be_come_back_to():
         state.snapshot()
     run(layers, state, [9])
     run(layers, state, [9])
-    assert state.rewind(9) == 9  # the one before the last pass is still there
+    assert state.rewind(9) == 9  # the state before the last pass is still there
     check(layers, state)
     assert state.rewind(7) == 6
     check(layers, state)

@@ -106,11 +106,11 @@ def test_one_set_of_frequencies_is_right_at_every_length(parameters: dict, lengt
 @pytest.mark.parametrize(
     ("max_positions", "parameters", "expected"),
     [
-        # vLLM's pull request 4930, by Qwen's team: YaRN is added, and the maximum stays.
+        # vLLM's pull request 4930, by Qwen's team: YaRN is added, and the maximum stays as it was.
         (32768, {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}, 131072),
         (160, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}, 512),
         (4096, {"rope_type": "yarn", "factor": 4.0}, 16384),
-        # The maximum says it already, or says more.
+        # The maximum includes the factor already, or is larger.
         (131072, {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}, 131072),
         (163840, {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}, 163840),
         (163840, {"rope_type": "yarn", "original_max_position_embeddings": 4096}, 163840),
@@ -156,7 +156,7 @@ def test_dynamic_says_where_it_ends_and_the_others_have_nothing_to_say() -> None
 
 
 def test_text_in_mrope_is_turned_as_without() -> None:
-    """Its three positions of a token are the same; by a class of transformers that has it."""
+    """In text the three positions of a token are equal; compared with a class of transformers that has M-RoPE."""
     parameters = {"rope_type": "default", "rope_theta": 5000.0, "mrope_section": [4, 6, 6]}
     config = Qwen3VLMoeTextConfig(head_dim=32, rope_parameters=dict(parameters))
     positions = torch.arange(50)
@@ -227,7 +227,7 @@ def test_refuses_wrong_parameters(parameters: dict, message: str) -> None:
 
 
 def make(path: Path, **changes: Any) -> Path:
-    """Writes a Mixtral of which each token takes all experts, so that logits can be compared to the last one.
+    """Writes a Mixtral in which each token uses all experts, so that logits can be compared at every position.
 
     Args:
         changes: keys of config.json, as users and recipes add them.
@@ -241,7 +241,7 @@ def make(path: Path, **changes: Any) -> Path:
 
 
 def distance(got: np.ndarray, expected: np.ndarray) -> float:
-    """The largest difference of logits, in standard deviations of the true ones."""
+    """Returns the largest difference of logits, in standard deviations of the true ones."""
     return float(np.abs(got - expected).max() / expected.std())
 
 
@@ -292,7 +292,7 @@ IDS = families.random_ids(LONG)
 
 @pytest.fixture(scope="module")
 def fresh(longrope):
-    """Logits of the last token of the first n, computed as a new sequence."""
+    """By n, the logits of the last of the first n tokens, computed as a new sequence."""
     with edgemoe.load(longrope[1]) as engine:
         return {n: engine.logits(IDS[:n])[-1] for n in (1, 30, *range(SHORT - 4, SHORT + 6), LONG)}
 
@@ -306,7 +306,7 @@ def test_a_sequence_has_the_frequencies_of_its_length(longrope, length: int) -> 
         got = engine.logits(IDS[:length])
     assert distance(got, expected) < 0.1
     n = min(length, len(other))
-    assert distance(wrong[:n], expected[:n]) > 0.3  # what the other ones would give
+    assert distance(wrong[:n], expected[:n]) > 0.3  # the other frequencies are far off
 
 
 def test_growing_past_the_original_length_gives_the_bits_of_a_fresh_sequence(
@@ -337,7 +337,7 @@ def test_replies_and_edits_of_a_chat_take_the_frequencies_of_their_length(longro
         made = list(engine.generate(IDS[: SHORT - 3], greedy))
         grown = [*IDS[: SHORT - 3], *made]
         assert engine.stats.cached_tokens == 0
-        again = list(engine.generate([*grown, 5], greedy))  # a longer one keeps all that is there
+        again = list(engine.generate([*grown, 5], greedy))  # a longer one reuses everything
         assert engine.stats.cached_tokens == len(grown) - 1
         list(engine.generate(IDS[:30], greedy))  # a shorter one has other frequencies
         assert engine.stats.cached_tokens == 0
@@ -349,7 +349,7 @@ def test_replies_and_edits_of_a_chat_take_the_frequencies_of_their_length(longro
 
 
 class StopsIn(Observer):
-    """Raises Ctrl-C in the given call of a layer."""
+    """An observer that raises KeyboardInterrupt in the given call of a layer."""
 
     def __init__(self) -> None:
         self.left = -1
@@ -377,7 +377,7 @@ def test_what_ends_while_a_sequence_is_computed_again_costs_nothing(
         with pytest.raises(KeyboardInterrupt):
             engine.extend(IDS[SHORT : SHORT + 1])
         assert np.array_equal(engine.extend(IDS[SHORT : SHORT + 1])[-1], fresh[SHORT + 1])
-        # The same in a prompt that goes past it; a short one comes after it.
+        # The same in a prompt that crosses the length, followed by a short prompt.
         engine.logits(IDS[:30])
         observer.left = calls
         with pytest.raises(KeyboardInterrupt):

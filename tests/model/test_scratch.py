@@ -1,4 +1,4 @@
-"""What a decoder takes for activations is what the budget counts for it."""
+"""A decoder allocates for activations exactly what the budget counts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from edgemoe.ops.cpu import CpuOps
 
 @pytest.fixture(scope="module")
 def windows(tmp_path_factory):
-    """A model whose second layer sees a window only: two kinds of attention."""
+    """A model with two kinds of attention: its second layer has a window."""
     source = tiny_checkpoint()
     source.config |= {"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 1}
     path = tmp_path_factory.mktemp("windows") / "windows.moe"
@@ -24,7 +24,7 @@ def windows(tmp_path_factory):
 
 @pytest.fixture
 def taken(monkeypatch):
-    """The bytes of every array that operations were asked for."""
+    """The bytes of all arrays that operations have allocated."""
     sizes = []
 
     def counting(make):

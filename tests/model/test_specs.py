@@ -1,4 +1,4 @@
-"""Layers whose attention differs in more than its window: heads, tables of RoPE, and positions that turn nothing."""
+"""Layers whose attention differs in more than its window: in heads, in RoPE frequencies, or in having no RoPE."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""States of sequences: what counts is what succeeded, also for layers that cannot go back token by token."""
+"""States of sequences: only passes that succeeded count, also for layers that cannot go back token by token."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from edgemoe.model import Batch, SequenceState
 
 
 class BrokenOff(Exception):
-    """A read failed, or Ctrl-C came."""
+    """Raised where a pass breaks off, as if a read failed or Ctrl-C came."""
 
 
 class Running:
-    """A recurrent state, the smallest there is: a sum of all tokens, kept beside the one before the pass."""
+    """A minimal recurrent state: the sum of all tokens, kept beside the sum before the last pass."""
 
     def __init__(self) -> None:
         self.sums = {0: 0}  # by length
@@ -36,7 +36,7 @@ class Running:
 
 
 class Positions:
-    """Keys and values, the smallest there are: what was written at each position."""
+    """A minimal state of keys and values: what was written at each position."""
 
     def __init__(self) -> None:
         self.at = {}
@@ -59,7 +59,7 @@ def sequence():
 
 
 def run(state, ids, *, stop_at=None):
-    """A pass through the layers, which breaks off in front of one."""
+    """Runs a pass through the layers; it breaks off before layer `stop_at`."""
     state.begin(len(ids))
     for i, layer in enumerate(state.layers):
         if i == stop_at:
@@ -69,7 +69,7 @@ def run(state, ids, *, stop_at=None):
 
 
 def check(state):
-    """Every layer stands for exactly the tokens that count."""
+    """Checks that every layer stands for exactly the tokens that count."""
     assert state.rewind(state.length) == state.length
     kv, *sums = state.layers
     assert [kv.at[i] for i in range(state.length)] == state.ids
@@ -98,9 +98,9 @@ def test_going_back_reaches_what_all_layers_can_go_on_from():
     assert state.rewind(5) == 5  # the one before the pass is there
     check(state)
     run(state, [7])
-    assert state.rewind(3) == 0  # further back there is the start alone
+    assert state.rewind(3) == 0  # before that there is only the start
     run(state, [8, 9])
-    state.layers[1].sums.pop(2)  # one layer alone cannot go on from here
+    state.layers[1].sums.pop(2)  # a single layer that cannot go on from here
     assert state.rewind(2) == 0
     run(state, [1])
     check(state)

@@ -1,4 +1,4 @@
-"""What one call of the core does is what several do: layers of latent attention, and an FFN beside experts."""
+"""One call of the core gives what several give: for latent attention, and for a shared FFN beside experts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from edgemoe.ops import attend_latents_in_steps, run_experts_in_steps
 from edgemoe.ops.cpu import CpuOps
 
 IDS = families.random_ids(60)
-# Shared experts as wide as the routed ones, wider ones, and with a gate; the second has queries without a low rank.
+# Shared experts as wide as routed ones, wider, and with a gate; the second setting has full-rank queries.
 SETTINGS = {
     "deepseek_v3": {"n_shared_experts": 1},
     "deepseek_v2": {"q_lora_rank": None},
@@ -39,7 +39,7 @@ def test_one_call_gives_what_several_give(name, tmp_path, monkeypatch):
         steps.setattr(CpuOps, "attend_latents", attend_latents_in_steps)
         steps.setattr(CpuOps, "run_experts", run_experts_in_steps)
         assert np.array_equal(logits(path), together)
-    # With room for few experts, nothing is there when a layer begins.
+    # With room for few experts, none is in memory when a layer begins.
     moe = open_moe(path)
     with_slots(monkeypatch, 3 * int(moe.experts.sizes(len(moe.ladder)).max()) + (1 << 14), chunk=8)
     assert np.array_equal(logits(path), together)

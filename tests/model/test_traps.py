@@ -1,4 +1,4 @@
-"""What others got wrong for months, a test for each: gpt-oss, Gemma 4, Laguna, Qwen3-VL, Ling."""
+"""What other runtimes got wrong for months, with a test for each: gpt-oss, Gemma 4, Laguna, Qwen3-VL, Ling."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def changed(path: Path, change) -> Path:
 
 
 def logits(path: Path, **switches):
-    """Of the reference, with switches of attention changed."""
+    """Returns the reference's logits, with some switches of attention changed."""
     model = open_model(path)
     tensors = {name: model.tensor(name) for name in dense_tensors(model.config)}
     mixers = tuple(dataclasses.replace(m, **switches) for m in model.config.mixers)
@@ -133,7 +133,7 @@ def test_the_full_layers_of_gemma_have_sizes_of_their_own_and_no_values(tmp_path
     assert (full.head_dim, full.num_kv_heads, full.window) == (32, 1, 0)
     assert "layers.5.v" not in dense_tensors(config)
     assert sliding.scale == full.scale == 1.0
-    # As released, the sizes are keys of their own.
+    # In released files the sizes have keys of their own.
     said = json.loads((path / "config.json").read_text())
     del said["per_layer_config"]
     released = {**said, "global_head_dim": 32, "num_global_key_value_heads": 1}
@@ -298,7 +298,7 @@ def test_the_experts_of_qwen3_vl_are_released_with_inputs_first(is_released, tmp
 
 
 def test_ling_says_what_turns_as_a_share_or_in_columns(tmp_path: Path) -> None:
-    """Ling-2.0 mini and flash have `partial_rotary_factor`, 1T has `rotary_dim` in its place."""
+    """Ling-2.0 mini and flash have `partial_rotary_factor`; 1T has `rotary_dim` instead."""
     share, columns = (families.make("bailing_moe", tmp_path / name) for name in ("mini", "1t"))
     config = json.loads((columns / "config.json").read_text())
     del config["rope_parameters"]["partial_rotary_factor"]
