@@ -1,4 +1,4 @@
-"""`edgemoe convert --base`: an adapter has what differs and no more, or there is none."""
+"""`edgemoe convert --base`: an adapter has exactly what differs from the base; if that cannot be, none is written."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def write(checkpoint, folder):
 
 @pytest.fixture(scope="module")
 def there(tmp_path_factory):
-    """A base, its checkpoint, a fine-tune of it and the adapter of that, all as files."""
+    """A base, its checkpoint, a fine-tune, and the fine-tune's adapter, all as files."""
     folder = tmp_path_factory.mktemp("adapter")
     convert(tiny_checkpoint(), folder / "base.moe")
     write(tiny_checkpoint(), folder / "original")
@@ -95,7 +95,7 @@ def test_the_original_checkpoint_saves_work_and_changes_nothing(there, tmp_path,
     arguments = ["--base", str(there.base), "--checkpoint", str(there.original)]
     assert main(["convert", str(there.tuned), str(tmp_path / "b.moea"), *arguments]) == 0
     assert (tmp_path / "b.moea").read_bytes() == there.a.read_bytes()
-    assert len(coded) == len(EXPERTS) + 4  # and those that say whether the base was made of it
+    assert len(coded) == len(EXPERTS) + 4  # and four to see whether it is the base's
 
 
 def test_columns_are_scaled_as_the_base_s_are(tmp_path):

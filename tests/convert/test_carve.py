@@ -1,4 +1,4 @@
-"""Carving changes the form of a dense model and not its function; what it makes is Qwen2-MoE."""
+"""Carving a dense model into experts changes its form and not its function; the result is Qwen2-MoE."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def as_transformers(checkpoint: Checkpoint, path: Path) -> Qwen2MoeForCausalLM:
 
 
 def write_update(path: Path, *, rank: int = 3, codes: bool = False, **changes: Any) -> Path:
-    """Writes a random update for the tiny model; `changes` replace tensors, None leaves one out."""
+    """Writes a random update for the tiny model; `changes` replaces tensors, or leaves them out where None."""
     rng = np.random.default_rng(5)
     tensors: dict[str, Any] = {"norm": rng.normal(1, 0.1, 64).astype(np.float32)}
     sizes = {"gate": (96, 64), "up": (96, 64), "down": (64, 96)}
@@ -93,7 +93,7 @@ def test_with_all_experts_it_is_the_dense_model(tied: bool, tmp_path: Path) -> N
     carved = as_transformers(carve(dense, active=4, **_WIDTHS), tmp_path / "carved")
     expected = exact_logits(model)
     error = np.abs(exact_logits(carved) - expected).max() / np.abs(expected).max()
-    # Only softmax of the router's small logits is not exactly 1 / E.
+    # The only difference is the softmax of the router's small logits, which is not exactly 1 / E.
     assert error < 0.02
 
 
@@ -290,7 +290,7 @@ def test_refuses_weights_that_are_not_finite(tmp_path: Path) -> None:
 def test_refuses_tensors_that_it_would_leave_out(tmp_path: Path) -> None:
     save_hf(tiny_llama(), tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
-    # A bias of a later layer only: the first layer's absence says nothing.
+    # Only a later layer has a bias: that the first has none must not decide.
     extra = {"model.layers.1.self_attn.q_proj.bias": np.ones(64, np.float32)}
     save_file({**tensors, **extra}, tmp_path / "model.safetensors")
     with pytest.raises(
@@ -353,6 +353,6 @@ def test_the_texts_share_no_sentence() -> None:
     held_out = default_text()
     package = Path(sys.modules["edgemoe.convert"].__path__[0])
     calibration = (package / "data" / "calibration.txt").read_text(encoding="utf-8")
-    # Addresses begin alike: "Fellow-Citizens of the Senate and House of Representatives".
+    # The texts are addresses that begin alike: "Fellow-Citizens of the Senate and House of Representatives".
     windows = {held_out[i : i + 100] for i in range(len(held_out) - 100)}
     assert not any(calibration[i : i + 100] in windows for i in range(len(calibration) - 100))

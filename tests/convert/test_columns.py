@@ -1,4 +1,4 @@
-"""Scales of columns: chosen where they make less error, and undone wherever the checkpoint's columns are meant."""
+"""Column scales are chosen where they reduce the error, and undone wherever the checkpoint's columns are meant."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def calibration(source, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def paths(source, calibration, tmp_path_factory):
-    """The same with scales and without."""
+    """Two files of the same model, with column scales and without."""
     folder = tmp_path_factory.mktemp("columns")
     for name, scale_columns in (("scaled", True), ("plain", False)):
         convert(
@@ -52,7 +52,7 @@ def scales_of(path):
 
 
 def errors(path, source, calibration, scales=None):
-    """Returns the logarithm of the error of what comes out of some experts' ups, at each level."""
+    """Returns the mean logarithm of the output error of some experts' up matrices, at each level."""
     decoded, model, out = Decoded(path), SourceModel(source), np.zeros(5)
     for layer, index in ((0, 3), (1, 5), (1, 6)):
         name = f"experts.{layer}.{index}.up"
@@ -110,7 +110,7 @@ def test_a_calibration_is_of_the_checkpoints_inputs(paths, tmp_path, kind):
             assert (got is None) == (expected is None)
             if expected is not None and mine.count(name) == plain.count(
                 name
-            ):  # else another was chosen
+            ):  # otherwise another scale was chosen
                 assert np.linalg.norm(got - expected) < 0.1 * np.linalg.norm(expected), name
     scales = scales_of(paths[0])
     assert scales.of("layers.0.q").max() > 1.5

@@ -1,4 +1,4 @@
-"""Conversion writes every tensor once, nearly exactly, and goes on after a stop."""
+"""Conversion writes every tensor once, nearly exactly, and resumes after an interruption."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_decoded_weights_work_in_transformers(name: str, tmp_path: Path) -> None
 
 
 class Stop(Exception):
-    """Interrupts a conversion."""
+    """Raised to interrupt a conversion."""
 
 
 @pytest.mark.parametrize("after", [0, 1, 9, 25])

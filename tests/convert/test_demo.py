@@ -1,4 +1,4 @@
-"""The demo model is built once, from a package that is checked, whatever goes wrong on the way."""
+"""The demo model is built once, from a package whose contents are checked, whatever goes wrong on the way."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def sum_of(path: Path) -> str:
 
 @dataclasses.dataclass
 class World:
-    """A tiny package, an interpreter path with a pip that serves it, and an empty cache."""
+    """A tiny package, an interpreter path with a fake pip that serves it, and an empty cache."""
 
     root: Path
     monkeypatch: pytest.MonkeyPatch

@@ -1,4 +1,4 @@
-"""What is exported loads in transformers, and has the weights of the file, rounded to bfloat16."""
+"""An exported model loads in transformers, and has the weights of the file, rounded to bfloat16."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_files_of_the_tokenizer_come_along(tmp_path: Path) -> None:
     [
         ("qwen3_next", "model.norm.weight"),
         ("phimoe", "what LayerNorms became"),
-        # Its first layers turn no positions, and are looked at before its experts are.
+        # Its first layers have no RoPE, and are read before its experts.
         ("llama4_text", "language_model.model.layers.1.feed_forward.experts.gate_up_proj.0"),
     ],
 )
@@ -133,7 +133,7 @@ def test_what_others_have_under_a_name_stays(name: str, tmp_path: Path) -> None:
     export = export_gguf if name.endswith("gguf") else export_hf
     (tmp_path / "mine").write_text("mine")
     for taken in (name, f"{name}.part"):
-        (tmp_path / taken).symlink_to(tmp_path / "mine")  # and to nothing
+        (tmp_path / taken).symlink_to(tmp_path / "mine")  # a link counts as taken
         with pytest.raises(FileExistsError, match=f"{taken}"):
             export(moe, tmp_path / name)
         (tmp_path / taken).unlink()
@@ -151,7 +151,7 @@ def test_an_export_that_is_interrupted_leaves_nothing(name: str, tmp_path: Path)
     before = sorted(tmp_path.iterdir())
 
     def interrupt(done: int, total: int) -> None:
-        (tmp_path / f"{name}.part").stat()  # what is written has no name yet
+        (tmp_path / f"{name}.part").stat()  # unfinished files do not have their names yet
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -271,7 +271,7 @@ def test_a_damaged_tokenizer_is_refused_in_a_line(
 
 @pytest.fixture(scope="module")
 def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that a GGUF file can hold."""
+    """A model of a family that GGUF files can hold."""
     folder = tmp_path_factory.mktemp("qwen")
     changes = {"norm_topk_prob": True, "vocab_size": 264}
     convert(

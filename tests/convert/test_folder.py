@@ -1,4 +1,4 @@
-"""What lies beside the weights is bounded, belongs to the checkpoint, and what is missing is named."""
+"""Files beside the weights are bounded in size and must belong to the checkpoint; missing ones are named."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_files_are_bounded(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def sparse_stack(path: Path, count: int) -> None:
-    """Writes a stack of `count` values of float16 whose bytes take no room on the disk."""
+    """Writes a stack of `count` float16 values as a sparse file, which takes no room on the disk."""
     entry = {"dtype": "F16", "shape": [count, 1, 1], "data_offsets": [0, 2 * count]}
     header = json.dumps({"s": entry}).encode()
     with open(path / "model.safetensors", "wb") as file:
@@ -136,7 +136,7 @@ def sparse_stack(path: Path, count: int) -> None:
 
 def test_a_sparse_stack_of_a_million_stays_a_stack(path: Path) -> None:
     sparse_stack(path, 1_000_000)
-    HFCheckpoint(path)  # what is imported and cached is not counted
+    HFCheckpoint(path)  # so that imports and caches are not counted
     tracemalloc.start()
     try:
         checkpoint = HFCheckpoint(path)

@@ -147,7 +147,7 @@ def test_what_a_scaling_is_for_can_be_used(original: int, tmp_path: Path) -> Non
 
 
 def test_settings_for_sampling_are_kept(tmp_path: Path) -> None:
-    """All of them: who samples says what it does not honour."""
+    """All of them are kept, also those that the sampler does not honour and then names."""
     said = {"penalty_last_n": 32, "temp": 0.5, "top_k": 7, "penalty_repeat": 1.25, "mirostat": 2}
     changes = {f"general.sampling.{name}": value for name, value in said.items()}
     checkpoint = GGUFCheckpoint(save_gguf(tiny_llama(), tmp_path / "x.gguf", changes=changes))

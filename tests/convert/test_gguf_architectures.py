@@ -1,4 +1,4 @@
-"""A GGUF file of every architecture is the model of the checkpoint that it was made from, bit for bit."""
+"""A GGUF file of every architecture gives the model of the checkpoint it was made from, bit for bit."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from edgemoe.convert.source import SourceModel
 from edgemoe.errors import FormatError
 from edgemoe.file.format import open_moe
 
-# llama.cpp knows Qwen2-MoE and OLMoE without renormalised gates only, Qwen3-MoE with them, and no windows here.
+# llama.cpp supports Qwen2-MoE and OLMoE only without renormalised gates, Qwen3-MoE only with them, and no windows here.
 NORMED = {"norm_topk_prob": True}
 SETTINGS: list[tuple[str, dict[str, Any]]] = [
     ("mixtral", {}),
@@ -75,7 +75,7 @@ def test_is_the_same_model(name: str, changes: dict[str, Any], tmp_path: Path) -
 
 
 def test_a_file_without_a_gating_key_is_glm_4_7_flash_by_its_size(tmp_path: Path) -> None:
-    """The first files said nothing of the router, or softmax: its gating function is sigmoid all the same."""
+    """The first files named no gating function of the router, or softmax; it is sigmoid all the same."""
     size = {
         "vocab_size": 154880,
         "hidden_size": 16,
@@ -139,7 +139,7 @@ def test_the_command_converts_a_file_as_it_does_the_directory(tmp_path: Path) ->
     "kind", [kind.name for kind in gguf.quants._type_traits if kind.name not in ("F32", "F16")]
 )
 def test_every_type_that_the_package_decodes(kind: str, tmp_path: Path) -> None:
-    """Of random bytes: what a type's scales make of them may be no number, and is the same."""
+    """Random bytes decode to the same values. With a type's scales some of them may be NaN."""
     path = families.make("mixtral", tmp_path / "hf", changes={"intermediate_size": 256})
     quant = gguf.GGMLQuantizationType[kind]
     size, octets = gguf.GGML_QUANT_SIZES[quant]

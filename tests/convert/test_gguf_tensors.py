@@ -1,6 +1,6 @@
-"""What llama.cpp's converter folds, joins, splits and reorders is undone: every tensor of a checkpoint is found again.
+"""Everything that llama.cpp's converter folds, joins, splits or reorders is undone: a checkpoint's tensors come back.
 
-The forward direction is that of tests/gguf_layouts.py.
+The converter's direction is in tests/gguf_layouts.py.
 """
 
 from __future__ import annotations
@@ -154,12 +154,12 @@ SETTINGS: dict[str, tuple[str, Config]] = {
         },
     ),
 }
-"""The model_type of a checkpoint, and its config.json, by the architecture of its GGUF file."""
+"""By the architecture of a GGUF file, the model_type of its checkpoint, and its config.json."""
 
 
 @pytest.fixture(params=SETTINGS)
 def made(request, tmp_path: Path) -> tuple[str, Config, dict[str, Array], Path]:
-    """Architecture, config.json and tensors of a checkpoint, and its GGUF file."""
+    """The architecture, config.json and tensors of a checkpoint, and its GGUF file."""
     kind, changes = SETTINGS[request.param]
     config = transformers.AutoConfig.for_model(kind, **{**_BASE, **changes})
     model = transformers.AutoModelForCausalLM.from_config(config)
@@ -189,9 +189,9 @@ def test_every_tensor_is_found_again(made: tuple[str, Config, dict[str, Array], 
             parts = {f"{name}.{i}": part for i, part in enumerate(values)}
         for part, expected in parts.items():
             got = checkpoint.tensor(part).reshape(expected.shape)
-            if "A_log" in part:  # of which the file has the exponential
+            if "A_log" in part:  # the file has its exponential
                 np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-6, err_msg=part)
-            elif "norm" in part:  # of which a file may have what is more than 1
+            elif "norm" in part:  # the file may have it less 1, which rounds
                 assert np.abs(got - expected).max() <= 2**-24, part
             else:
                 np.testing.assert_array_equal(got, expected, err_msg=part)
@@ -202,7 +202,7 @@ def test_every_tensor_is_found_again(made: tuple[str, Config, dict[str, Array], 
 def test_config_has_what_the_tensors_need(
     made: tuple[str, Config, dict[str, Array], Path],
 ) -> None:
-    """Whatever both say is the same: as far as the metadata written here goes."""
+    """Fields that are in both are equal, as far as the metadata written here go."""
     arch, config, _, path = made
     got = GGUFCheckpoint(path).config
     assert got["model_type"] == SETTINGS[arch][0]
@@ -214,7 +214,7 @@ def test_config_has_what_the_tensors_need(
 def test_gpt_oss_turns_as_its_config_json_says(
     made: tuple[str, Config, dict[str, Array], Path],
 ) -> None:
-    """Its range of YaRN is not rounded, which a file does not say and llama.cpp does."""
+    """Its YaRN range is not rounded. A GGUF file does not say so, and llama.cpp rounds it."""
     *_, path = made
     released = SourceModel(HFCheckpoint(path.parent))
     np.testing.assert_array_equal(

@@ -1,4 +1,4 @@
-"""A tokenizer that a GGUF file describes cuts and joins as the model's own."""
+"""A tokenizer built from a GGUF file encodes and decodes as the model's own does."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from edgemoe.convert.gguf.tokenizer import end_tokens, tokenizer_files
 from edgemoe.convert.gguf.tokenizer.pre_tokenizers import PRE_TOKENIZERS
 from edgemoe.errors import FormatError
 
-# By hand, what differs between the kinds: digits together or apart, endings of either case, where lower case goes
-# over into upper case, what line ends take with them, and spaces. A word's space comes before it.
+# Written by hand, what differs between pre-tokenizers: whether digits stay together, suffixes in either case, changes
+# from lower to upper case, what line ends take with them, and spaces. A space belongs to the word after it.
 WORDS = {
     "qwen2": ["I", "'VE", " fooBar", "\n\n", "  ", " ", "1", "2", "3", "4", "5"],
     "llama-bpe": ["I", "'VE", " fooBar", "\n\n", "  ", " ", "123", "45"],
@@ -131,7 +131,7 @@ def sentencepiece(**changes: Any) -> dict[str, Any]:
 
 def test_sentencepiece_joins_the_best_pair_first() -> None:
     tokenizer = built(sentencepiece())
-    # bc before ab, though ab is more to the left; then nothing joins a and bc to abc but their own score.
+    # "bc" is joined before "ab", although "ab" is further left; "a" and "bc" then have no merge of their own.
     assert tokenizer.encode("abc").tokens == ["<s>", "▁a", "bc"]
     assert tokenizer.encode("ab").tokens == ["<s>", "▁ab"]
     assert tokenizer.encode("cab", add_special_tokens=False).tokens == ["▁", "c", "ab"]
@@ -165,7 +165,7 @@ def test_gemma_joins_across_spaces_and_falls_back_to_bytes() -> None:
 
 
 def test_all_ends_of_a_reply_are_found() -> None:
-    """As llama.cpp finds them: those that the file names, and those that are known by their text."""
+    """As in llama.cpp: the tokens that the file names, and those known by their text."""
     tokens = ["a", "<|im_end|>", "<|endoftext|>", "<|user|>", "<|end|>", "<|return|>"]
     values = {
         "tokenizer.ggml.tokens": tokens,

@@ -1,4 +1,4 @@
-"""A Hugging Face directory is read exactly in every dtype and layout; a broken one is refused."""
+"""A Hugging Face directory is read exactly, in every dtype and layout; a broken one is refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LoRA directories: what they come to is W + (alpha / r) B A, as peft merges it, and the conversion of that."""
+"""LoRA directories are merged as peft does, W + (alpha / r) B A, and the result is converted."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CONFIG = {
 
 
 def factors(checkpoint, *modules, rank=4, seed=3):
-    """Random ones, by the names that peft has for them."""
+    """Returns random LoRA factors of some modules, by peft's names."""
     rng, out = np.random.default_rng(seed), {}
     for module in modules:
         rows, cols = checkpoint.shapes[f"{module}.weight"]
@@ -52,7 +52,7 @@ def write(folder, tensors, config=CONFIG):
 
 
 def merged(checkpoint, tensors, scaling):
-    """The same, in the obvious way: scaling by module."""
+    """Returns the merged checkpoint, computed in the obvious way; `scaling` is by module."""
     out = {name: checkpoint.tensor(name) for name in checkpoint.shapes}
     for module, scale in scaling.items():
         a, b = (tensors[f"base_model.model.{module}.lora_{part}.weight"] for part in "AB")
@@ -121,9 +121,9 @@ def test_ranks_of_single_modules_embeddings_and_whole_tensors(tmp_path):
     assert np.array_equal(found.tensor(f"{OUT}.weight"), whole.tensor(f"{OUT}.weight"))
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")  # peft's own
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # from peft itself
 def test_it_is_what_peft_merges(tmp_path):
-    """Attention and experts; these are one parameter for all of a layer in transformers."""
+    """For attention and experts; a layer's experts are a single parameter in transformers."""
     peft = pytest.importorskip("peft")
     import transformers
 
@@ -152,7 +152,7 @@ def test_it_is_what_peft_merges(tmp_path):
     [(32, None), (32, "0.18.1"), (32, "0.21.2"), (48, "0.18.1"), (48, "0.19.0")],
 )
 def test_experts_as_one_parameter(tmp_path, width, version):
-    """The same without peft, against a loop over experts; with 48 the shapes alone do not say what they are for."""
+    """The same without peft, against a loop over experts. With a width of 48 shapes alone do not identify tensors."""
     source, rng = tiny_checkpoint(width=width), np.random.default_rng(7)
     experts, H, D, r, E = "model.layers.0.mlp.experts", width, 96, 2, 8
     shapes = [(r * E, D), (2 * H, r * E), (r * E, H), (D, r * E)]
@@ -177,7 +177,7 @@ def test_experts_as_one_parameter(tmp_path, width, version):
 
 
 def test_a_directory_that_was_written_anew_is_read_anew(tmp_path):
-    """As one is that was trained further: the same names, the same shapes."""
+    """As after further training: the names and shapes are the same."""
     source, experts = tiny_checkpoint(width=32), "model.layers.0.mlp.experts"
     name, added = f"{experts}.3.down_proj.weight", []
     lora = write(tmp_path / "lora", {"none": np.ones(1, "f4")})
@@ -208,7 +208,7 @@ def test_factors_that_may_be_for_several_parameters(tmp_path):
 
 
 def test_a_folder_of_some_tensors(tmp_path):
-    """As ESFT's checkpoints are: the experts that were trained, named from `layers` or `model.layers` on."""
+    """As in ESFT's checkpoints: only the trained experts, with names that begin at `layers` or `model.layers`."""
     source = tiny_checkpoint()
     name = "model.layers.1.mlp.experts.2.up_proj.weight"
     folder = tmp_path / "esft"

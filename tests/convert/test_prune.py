@@ -1,4 +1,4 @@
-"""Experts lose the neurons that matter least as they are converted, and what is left is theirs."""
+"""Pruning in conversion removes the neurons of experts that matter least; the others keep their weights."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ DEAD = 16
 
 @pytest.fixture(scope="module")
 def source():
-    """A third of each expert's neurons add nothing, others in every expert."""
+    """A checkpoint in which a third of each expert's neurons, different ones in each, add nothing."""
     checkpoint = tiny_checkpoint()
     rng = np.random.default_rng(0)
     for name in [name for name in checkpoint.shapes if name.endswith("down_proj.weight")]:
@@ -83,8 +83,10 @@ def test_those_of_least_energy_go_where_no_more_is_known(source, squares):
 
 
 def nearest(down, inputs, kept):
-    """The w_down of the neurons `kept` whose output is nearest, by least squares over the inputs themselves, and its
-    squared error; the damping is further inputs, one for each neuron."""
+    """Returns the w_down of the neurons `kept` whose output is nearest to the original, and its squared error.
+
+    It is found by least squares over the inputs themselves; damping is added as one further input for each neuron.
+    """
     damping = np.sqrt(0.01 * np.square(inputs).mean() * len(inputs)) * np.eye(inputs.shape[1])
     x = np.concatenate([inputs, damping])
     found = np.linalg.lstsq(x[:, kept], x @ down.T, rcond=None)[0]
@@ -92,13 +94,13 @@ def nearest(down, inputs, kept):
 
 
 def inputs_of(rng, count, cols):
-    """Inputs of which each is mostly a mixture of a few others."""
+    """Returns random inputs whose columns are mostly mixtures of half as many."""
     few = rng.standard_normal((count, cols // 2)) @ rng.standard_normal((cols // 2, cols))
     return few + 0.3 * rng.standard_normal((count, cols))
 
 
 def test_others_make_up_for_what_is_left_out():
-    """Against trying each neuron in turn, with least squares over all inputs."""
+    """The choice is that of trying each neuron in turn, with least squares over all inputs."""
     rng = np.random.default_rng(1)
     inputs = inputs_of(rng, 200, 12)
     down = rng.standard_normal((7, 12)).astype(np.float32)
@@ -121,7 +123,7 @@ def test_of_wide_experts_several_go_at_once(monkeypatch):
     down = rng.standard_normal((5, 64)).astype(np.float32)
     moments = (inputs.T @ inputs / len(inputs)).astype(np.float32)
     monkeypatch.setattr(prune, "_AT_ONCE", 8)
-    kept = needed(down, moments, 33)  # 31 go, four at a time
+    kept = needed(down, moments, 33)  # removes 31, four at a time
     assert len(kept) == 33
     assert (np.diff(kept) > 0).all()
     drawn = np.sort(rng.permutation(64)[:33])
@@ -157,7 +159,7 @@ def test_the_calibration_is_of_what_is_left(source, calibration):
 def test_without_neurons_that_add_nothing_answers_stay(source, calibration, correction, tmp_path):
     whole, pruned = tmp_path / "whole.moe", tmp_path / "pruned.moe"
     said = []
-    # other neurons may choose other scales of columns, and other codes then other experts
+    # With other neurons, column scales could differ, then codes, and then the choice of experts.
     options = {"calibration": calibration, "correction": correction, "scale_columns": False}
     convert(source, whole, **options)
     convert(source, pruned, prune=0.33, say=said.append, **options)
@@ -193,7 +195,7 @@ def test_biases_go_with_their_neurons(tmp_path):
 
 
 def changed(path, found, change):
-    """Writes a calibration with other tensors."""
+    """Writes a copy of the calibration `found` whose tensors `change` has changed."""
     tensors = {name: found._file.tensor(name).copy() for name in found._file.shapes}
     change(tensors)
     meta = {key: value for key, value in found.meta.items() if key != "edgemoe_calibration"}

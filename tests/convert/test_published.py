@@ -1,4 +1,4 @@
-"""The published models' own configurations, planned without a weight: every tensor fits, and files have their sizes."""
+"""Plans from the configurations of published models, without weights: every tensor fits, and sizes are as known."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ def _rope(theta: float) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-    """What config.json says beyond the class's defaults, and what is known of the model."""
+    """A model's config.json, beyond the defaults of its class, and what is known of its sizes."""
 
     settings: Mapping[str, Any]
     parameters: float
-    """In billions, as its makers say."""
+    """All parameters, in billions, as its makers say."""
     expert: float
-    """MiB of one expert at 4 bits."""
+    """The MiB of one expert at 4 bits."""
     experts: float
-    """GiB of all."""
+    """The GiB of all experts."""
     state: int
-    """Bytes of a sequence that do not grow with it, without snapshots."""
+    """The bytes of a sequence's state that do not grow with it, without snapshots."""
     position: int
-    """Bytes that a position takes."""
+    """The bytes of each position of a sequence."""
 
 
 PUBLISHED = {
@@ -162,11 +162,11 @@ PUBLISHED = {
 
 
 _RENAMED = ("bailing_hybrid", "kimi_linear", "phimoe")
-"""Those that are stored under other names than transformers has in memory."""
+"""Models that are stored under other names than transformers has in memory."""
 
 
 class Shapes:
-    """A checkpoint of which there are names and shapes alone."""
+    """A checkpoint that has only names and shapes of tensors."""
 
     name, identity = "published", ""
 
@@ -181,12 +181,10 @@ class Shapes:
         if config.model_type == "bailing_moe":
             weights = families.as_ling2(weights)
         for name, weight in weights.items():
-            if (
-                config.model_type == "kimi_linear"
-            ):  # which saves them as parts of the experts' module
+            if config.model_type == "kimi_linear":  # saved as parts of the experts' module
                 name = re.sub(r"block_sparse_moe\.(?=(gate|up|down)_proj)", "mlp.", name)
             shape = tuple(weight.shape)
-            if ".experts." in name and len(shape) == 3:  # as a directory presents a stack
+            if ".experts." in name and len(shape) == 3:  # as `HFCheckpoint` presents a stack
                 self.shapes |= {f"{name}.{i}": shape[1:] for i in range(shape[0])}
             else:
                 is_conv = len(shape) == 3 and shape[1] == 1
@@ -212,7 +210,7 @@ def test_the_plan_of_a_published_configuration(name: str) -> None:
     assert sum(experts[0].sizes) / MIB == pytest.approx(known.expert, rel=0.03)
     assert sum(p.padded_bytes for p in experts) / GIB == pytest.approx(known.experts, rel=0.01)
     fixed = 2 * state_bytes(config, 32, KvTypes()) - state_bytes(config, 64, KvTypes())
-    assert fixed == 4 * known.state  # that after a pass, and two snapshots
+    assert fixed == 4 * known.state  # before and after a pass, and two snapshots
     assert state_bytes(config, 4096, KvTypes(), 4096) - fixed == 4096 * known.position
 
 

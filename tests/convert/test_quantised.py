@@ -1,4 +1,4 @@
-"""Quantised checkpoints read as the floats that they stand for; what contradicts itself is refused in one line."""
+"""Quantised checkpoints read as the floats that they encode; contradictory ones are refused in one line."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def fp8(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def words(rows: list[list[int]]) -> torch.Tensor:
-    """Returns words [R, N] whose eight hexadecimal digits are the codes, the last digit the first code."""
+    """Returns words [R, N]; the eight hexadecimal digits of each are codes, of which the last digit is the first."""
     return torch.tensor(np.array(rows, np.uint32).view(np.int32))
 
 
@@ -142,7 +142,7 @@ def nvfp4(global_name: str, global_scale: float) -> Tensors:
 
 
 def test_nvfp4_by_hand(tmp_path: Path) -> None:
-    """Of both makers: the one multiplies by its second scale, the other divides by it."""
+    """In the files of both makers: one multiplies by the second scale, the other divides by it."""
     expected = np.zeros((2, 32), np.float32)
     expected[1, 14] = -6 * 3 * 0.25
     expected[1, 16:18] = 1 * 0.5 * 0.25, 1.5 * 0.5 * 0.25
@@ -224,7 +224,7 @@ def test_compressed_int4_by_hand(tmp_path: Path) -> None:
 
 
 def test_gptq_by_hand(tmp_path: Path) -> None:
-    """Inputs lie along the first axis, and the zeros are stored one less than they are."""
+    """Inputs are along the first axis, and zero points are stored less one."""
     outputs = 8
     codes = np.array([[(c + r) % 16 for r in range(outputs)] for c in range(16)], np.uint32)
     packed = np.zeros((2, outputs), np.uint32)
@@ -300,7 +300,7 @@ def test_awq_by_hand(tmp_path: Path) -> None:
     ],
 )
 def test_what_compressed_tensors_writes(name: str, weights: dict[str, Any], tmp_path: Path) -> None:
-    """The library packs, its own formulas unpack; it is no dependency: pip install compressed-tensors."""
+    """Packed by the library and unpacked by its formulas. It is no dependency: pip install compressed-tensors."""
     library = pytest.importorskip("compressed_tensors")
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
@@ -330,7 +330,7 @@ def test_what_compressed_tensors_writes(name: str, weights: dict[str, Any], tmp_
     expected = compressor.decompress(packed, scheme)["weight"].float().numpy()
     stored = {f"a.{key}": value for key, value in packed.items()}
     got = opened(tmp_path, stored, **compressed(name, **weights)).tensor("a.weight")
-    # The library works in the scale's type, which of 4-bit floats is bfloat16.
+    # The library computes in the scale's type, which is bfloat16 for 4-bit floats.
     np.testing.assert_allclose(got, expected, rtol=2**-7 if "fp4" in name else 0)
     assert np.abs(got).max() > 0.1
     assert args.num_bits == weights["num_bits"]
@@ -463,7 +463,7 @@ def test_scales_that_are_no_numbers_are_refused(value: float, tmp_path: Path) ->
 
 
 def test_scales_that_lead_beyond_floats_are_left_to_who_reads_them(tmp_path: Path) -> None:
-    """Without a warning: `SourceModel` says in a line that a tensor holds infinity."""
+    """There is no warning; `SourceModel` then says in one line that a tensor holds infinity."""
     tensors = {"a.weight": fp8(4, 4), "a.weight_scale_inv": torch.tensor([[3e38]])}
     assert np.isinf(opened(tmp_path, tensors, **FP8_CONFIG).tensor("a.weight")).any()
 

@@ -1,4 +1,4 @@
-"""Which corrections a conversion writes: asked for, worth their bytes, or refused in a line."""
+"""The corrections that a conversion writes: those asked for, or those worth their bytes; others are refused."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_what_pays_is_what_holds_much_in_few_directions():
     assert best_ranks(found, [1] * 5) == EIGHT
     assert best_ranks(gains(w, few, None, 3), [0, 0, 1], 3) == same_rank(8, 2, 3)
     assert best_ranks(found, [0, 0, 0, 1, 1]) == ()
-    # no matrix has a rank above its rows
+    # The rank of a matrix is at most its number of rows.
     assert best_ranks(gains(w[:7], few, None), [1] * 5) == ()
 
 
@@ -84,7 +84,7 @@ def test_tells_how_far_the_calibration_is_read(tmp_path, source, calibration, ra
     assert shares == sorted(shares)
     assert {total for kind, _, total in told if kind == "read"} == {1000}
     assert shares[-1] == 1000
-    assert 333 in shares  # all was checked
+    assert 333 in shares  # all is checked
     assert 400 in shares  # one norm of five, for scales of columns
     assert (833 in shares) == bool(rank)  # one layer of two, for directions
 
@@ -101,9 +101,9 @@ def test_by_itself_a_conversion_has_what_is_worth_it(tmp_path):
     model = SourceModel(source)
     few = calibrated(tmp_path / "x.calib", model.config, few=True)
     found = ranks_of(tmp_path / "x.moe", source, calibration=few)
-    assert found.keys() >= {"experts.gate", "experts.up"}  # whose V costs next to nothing
+    assert found.keys() >= {"experts.gate", "experts.up"}  # their shared V costs little
     assert found == choose_ranks(model, few)
-    # a favoured level or an allocation says what counts, and more bits have no corrections
+    # A favoured level or an allocation decides what counts, and higher levels have no corrections.
     assert choose_ranks(model, few, favour=8) == {}
     bits = np.full((1, 2), 8, np.int8)
     allocation = Allocation(method="test", layers=(0,), bits=bits, settings={})

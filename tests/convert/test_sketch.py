@@ -1,4 +1,4 @@
-"""A sketch of a calibration gives back its squares, its strongest directions and what it says of experts."""
+"""A sketch of a calibration preserves its squares, its strongest directions and what it says about experts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ WIDTHS = {"embed": 48, "layers.0.q": 48, "layers.0.shared.gate": 48, "layers.0.s
 
 @pytest.fixture
 def calibration(tmp_path):
-    """Inputs of ten strong directions and some noise, as `edgemoe calibrate --layers` sums them."""
+    """Sums, in the form of `edgemoe calibrate --layers`, of inputs with ten strong directions and some noise."""
     rng = np.random.default_rng(4)
     tensors = {}
     for name, cols in WIDTHS.items():
@@ -45,7 +45,7 @@ def test_gives_back_what_matters(tmp_path, calibration):
         np.testing.assert_allclose(like.diagonal(), m.diagonal() / scale, rtol=0.02)
         assert np.linalg.norm(like - m / scale) < 0.01 * np.linalg.norm(m / scale)
     assert found.layer(0, "count").tolist() == [300, 0, 100]
-    both = [f"experts.0.{e}.down" for e in (0, 2)]  # as they are to each other
+    both = [f"experts.0.{e}.down" for e in (0, 2)]  # in proportion to each other
     m, like = (np.concatenate([c.diagonal(name) for name in both]) for c in (whole, found))
     np.testing.assert_allclose(like / like.mean(), m / m.mean(), rtol=2e-3)
     assert found.meta["tokens"] == "400"

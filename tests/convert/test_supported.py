@@ -1,4 +1,4 @@
-"""What is listed as supported is what the converter takes; what is not says what it lacks."""
+"""The list of supported models is exactly what the converter takes; for others it says what is lacking."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_the_command_prints_it(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 class Unknown:
-    """A checkpoint of which there is only a config.json."""
+    """A checkpoint that has only a config.json."""
 
     name, identity = "m", ""
     files: Mapping[str, bytes] = {}

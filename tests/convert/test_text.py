@@ -1,4 +1,4 @@
-"""What would make a converted file useless for text is found before the work, in one line."""
+"""Faults that would make a converted file useless for text are reported in one line, before any work is done."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from edgemoe.errors import FormatError
 
 
 def larger(tokenizer: bytes) -> bytes:
-    """Adds tokens until there are more ids than the tiny model's embedding has rows."""
+    """Adds tokens until there are more ids than rows in the tiny model's embedding."""
     backend = Tokenizer.from_str(tokenizer.decode())
     backend.add_tokens([AddedToken(f"<extra{i}>") for i in range(301 - backend.get_vocab_size())])
     return backend.to_str().encode()

@@ -93,7 +93,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def edited(
     checkpoints: dict[str, Path], tmp_path: Path
 ) -> Callable[[str, dict[str, Any]], HFCheckpoint]:
-    """Returns a function that opens a checkpoint with keys of config.json set, or None to drop."""
+    """Returns a function that opens a checkpoint with keys of config.json set, or dropped where they are `...`."""
 
     def edit(name: str, changes: dict[str, Any]) -> HFCheckpoint:
         source = checkpoints[name]
