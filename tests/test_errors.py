@@ -1,4 +1,4 @@
-"""What errors say is bounded, whatever a file brings into them."""
+"""Error messages are bounded in length, whatever a file puts into them."""
 
 from __future__ import annotations
 

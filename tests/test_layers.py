@@ -1,4 +1,4 @@
-"""The package imports only downwards; see docs/design.md."""
+"""The structure of the code: imports point only downwards (see docs/design.md), and functions stay short."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ ROWS = [
     {"cli"},
     {"__main__"},
 ]
-# Who looks on is told of batches: a type, and nothing that runs.
+# Observers are told of batches: only a type is imported, and nothing that runs.
 EXCEPTIONS = {("experts", "model")}
 CORE = {"devices", "file", "hardware", "ops", "quant", "runtime", "scheduler", "store"}
-"""Open the door to the compiled module."""
+"""The rooms that may import the compiled module."""
 
-# They import torch when they are asked to train, with the extra `train`.
+# These import torch only when asked to train, and need the extra `train`.
 TRAIN = {"lab/routing/paths.py"}
 TORCH = {
     "lab/bits/bit_router.py",
     "lab/bits/choosing.py",
-}  # as a whole; imported by a call that trains
+}  # these import torch at their top, and are imported only by calls that train
 
 
 @functools.cache
@@ -47,7 +47,7 @@ def room(path):
 
 
 def imports(tree):
-    """Yields what is imported when a module runs, and the room of edgemoe's own."""
+    """Yields the names of imported modules; `from edgemoe import x` gives "edgemoe.x"."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -78,9 +78,9 @@ def test_imports_point_downwards():
 
 
 def test_the_model_sees_verbs_only():
-    """So that a device is one more implementation of `Ops`: no arithmetic on arrays, no native core, no allocation."""
+    """The model uses no arithmetic on arrays, no native core, no allocation: a new device only implements `Ops`."""
     seen = [p for p, _ in modules() if room(p) in ("model", "experts")]
-    seen.remove(Path("model/batch.py"))  # joins tokens of sequences, which are the host's
+    seen.remove(Path("model/batch.py"))  # joins tokens of sequences, which are arrays of the host
     assert len(seen) > 3
     for path, tree in modules():
         if path not in seen:
@@ -99,7 +99,7 @@ def test_torch_is_not_needed_to_run():
         if path.as_posix() in TORCH:
             continue
         if path.as_posix() in TRAIN:
-            # What runs when it is imported.
+            # Only the imports that run when the module is imported.
             outside = [n for n in tree.body if isinstance(n, (ast.Import, ast.ImportFrom))]
             tree = ast.Module(outside, [])
         for name in imports(tree):
@@ -136,7 +136,7 @@ def test_only_the_console_writes_to_the_terminal():
 
 
 MOST_LINES = 80
-"""Of a function: from its first line, decorators left out, to its last, with what is said of it."""
+"""The most lines of a function, from its first (without decorators) to its last, docstrings and comments included."""
 MOST_OF_FILE = 350
 FILES = (
     "edgemoe/runtime/engine.py",
@@ -144,7 +144,7 @@ FILES = (
     "edgemoe/cli/profile/*.py",
     "csrc/bindings/*",
 )
-"""Files that were larger once."""
+"""Files that were once larger than `MOST_OF_FILE` lines."""
 
 
 def test_functions_are_short():
@@ -171,10 +171,10 @@ def test_functions_of_the_core_are_short():
 
 
 def blocks(lines):
-    """Yields the first line of each function, and how many it has.
+    """Yields the first line of each function of a C++ file, and its number of lines.
 
-    As clang-format lays it out: at the start of a line or, in a class, two spaces from it, and a brace ends it that
-    stands alone below its first letter. What is taken for a function and is none is a part of one.
+    It relies on the layout of clang-format: a function begins at the start of a line or, in a class, two spaces in, and
+    ends with a brace alone in the same column. Anything else that looks so is part of a function.
     """
     for indent in ("", "  "):
         start = 0

@@ -1,4 +1,4 @@
-"""A source distribution holds what a build from it needs."""
+"""A source distribution contains everything that a build from it needs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def test_a_source_distribution_holds_what_cmake_reads() -> None:
-    # setuptools knows of no source of the extension, so that all of them must be named here.
+    # setuptools knows none of the extension's sources, so that MANIFEST.in must name all of them.
     lines = [line.split() for line in (ROOT / "MANIFEST.in").read_text().splitlines()]
     included = {name for verb, *names in lines if verb == "include" for name in names}
     grafted = tuple(f"{name}/" for verb, *names in lines if verb == "graft" for name in names)

@@ -1,4 +1,4 @@
-"""A checkpoint that is to be run is converted once; the next start takes what there is."""
+"""Running a checkpoint converts it once; the next start uses the converted file."""
 
 from __future__ import annotations
 

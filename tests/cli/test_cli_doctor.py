@@ -1,4 +1,4 @@
-"""`edgemoe doctor`: what is wrong is found, with its cure; what is written for others has nothing private."""
+"""`edgemoe doctor` finds faults and names their cure; a report for others contains nothing private."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from edgemoe.file.format import open_moe
 
 @pytest.fixture
 def models(tmp_path: Path, tiny_moe: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with one sound model."""
+    """A folder with one valid model."""
     folder = tmp_path / "secret-folder"
     folder.mkdir()
     monkeypatch.setenv("EDGEMOE_MODELS", str(folder))

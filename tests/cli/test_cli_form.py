@@ -1,4 +1,4 @@
-"""`--json-schema`: replies of any model are of the schema."""
+"""`--json-schema`: replies of any model conform to the schema."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every command tells what it takes."""
+"""Every command has a help text with all of its arguments."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_the_first_screen_has_the_flags_of_every_day(name, capsys):
     assert "--scheduler" in every
     assert first.count("\n") < 60 < every.count("\n")
     assert f"edgemoe {name} --help-all lists the other flags: experts and memory; " in first
-    # All that the first has, the other has too.
+    # Everything in the short help is in the full one too.
     assert set(first.split("\n\n")[:-1]) <= set(every.split("\n\n")) | {
         every.split("\n\n")[-1].rstrip()
     }

@@ -1,4 +1,4 @@
-"""Models by their names: list, rm, show, and every command line that takes a model."""
+"""Models by name: list, rm, show, and every command that takes a model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ENTRY = [sys.executable, "-m", "edgemoe"]
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where models are kept; there is no demo."""
+    """The folder where models are kept; there is no demo model."""
     monkeypatch.setenv("EDGEMOE_MODELS", f"{tmp_path / 'models'}:{tmp_path / 'more'}")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "models"
@@ -74,7 +74,7 @@ def test_a_name_is_a_path_or_one_of_the_list(kept: Path, monkeypatch) -> None:
     (kept / "C").mkdir()
     shutil.copy(one, kept / "C/one.moe")
     with pytest.raises(FileNotFoundError, match="did you mean A/one or"):
-        model_path("one")  # two have it
+        model_path("one")  # ambiguous
 
 
 def test_list_shows_what_is_there(kept: Path, capfd) -> None:
@@ -154,7 +154,7 @@ def test_hf_fetches_once_and_plan_only_looks(tmp_path: Path, folder: Path) -> No
         assert library.models() == []
         flags = ("-hf", "user/tiny:4", "-p", "Hi", "-n", "2")
         first = run("edgemoe.cli.run", *flags)
-        assert b"tokenizer" in first.stderr  # this one has none: the model was opened
+        assert b"tokenizer" in first.stderr  # it has none: so it was opened
         assert [m.name for m in library.models()] == ["user/tiny-4bit"]
         hub.requests.clear()
         assert run("edgemoe.cli.run", *flags).returncode == first.returncode

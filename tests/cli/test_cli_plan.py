@@ -1,4 +1,4 @@
-"""`edgemoe plan`: what is planned from headers is what the engine then does."""
+"""`edgemoe plan`: a plan made from headers agrees with what the engine then does."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _measured_once(cache: Path, monkeypatch) -> None:
-    """What is measured of this machine is kept away from the user's own, for all tests."""
+    """Keeps measurements of this machine apart from the user's own, and shares them between tests."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
 
 
@@ -76,12 +76,12 @@ def test_a_checkpoint_s_plan_is_what_happens(family, tmp_path, capfd) -> None:
     assert row["context"] == 64
     assert row["resident"] == 1
     assert row["token_bytes"] == 0
-    # The file has a page for each record and an index beside what is counted.
+    # Besides what is counted, the file has padding to pages for each record, and an index.
     size = planned(capfd, tmp_path / "x.moe", "--ram", "2GiB")["files"]["8"]
     assert 0 <= (tmp_path / "x.moe").stat().st_size - size < 1 * MIB
 
 
-# The program, which says what its process had taken when the model was opened.
+# A program that prints the memory its process had taken when the model was opened.
 RUN = """
 import sys
 import edgemoe.cli.run as program
@@ -149,7 +149,7 @@ def test_a_band_is_computing_and_reading(tiny_moe: Path, monkeypatch) -> None:
 
     least = forecast.smallest(8).budget
     half = forecast.row(least.ram - least.room + least.experts // 2, 8)
-    # What is kept for later holds experts until then.
+    # Memory that is reserved for later holds experts until then.
     assert forecast.lent(half) == 1
     monkeypatch.setattr(Forecast, "lent", lambda self, row: row.resident)
     assert forecast.band(half, PACE, None) is None
@@ -158,7 +158,7 @@ def test_a_band_is_computing_and_reading(tiny_moe: Path, monkeypatch) -> None:
     assert read is not None
     assert read.bound == "disk"
     assert 1 / read.high == pytest.approx(reading + (weights + layers) / 2, rel=0.01)
-    # What a trace tells takes the place of what is assumed.
+    # A hit rate known from a trace replaces the assumed one.
     known = forecast.band(half, PACE, 1e6, 0.0)
     assert known is not None
     assert known.low == pytest.approx(band.low, rel=0.01)

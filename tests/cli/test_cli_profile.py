@@ -1,4 +1,4 @@
-"""`edgemoe profile` from trace to page, on the tiny model."""
+"""`edgemoe profile`, from a trace to the report page, on the tiny model."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ def test_a_result_that_could_not_be_kept_is_refused_first(
 ):
     import os
 
-    monkeypatch.setattr(os, "access", lambda path, mode: False)  # whoever runs tests may be root
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # as tests may run as root
     assert run("plot", traced, "-o", tmp_path / "x.html") == 1
     assert capsys.readouterr().err.endswith("x.html: cannot be written\n")
     assert main(["quality", str(tiny_moe), "--json", str(tmp_path / "x.json")]) == 1

@@ -1,4 +1,4 @@
-"""What a model reasons is beside its answer: dimmed, folded, or switched off."""
+"""A model's reasoning is shown apart from its answer: dimmed, folded, or switched off."""
 
 from __future__ import annotations
 

@@ -398,7 +398,7 @@ def test_a_session_goes_on_where_it_was(
     kept = json.loads(path.read_text())["messages"]
     assert [m["role"] for m in kept] == ["system", "user", "assistant", "user", "assistant"]
     assert kept[0]["content"] == "Be brief."
-    with edgemoe.load(tiny_moe) as engine:  # as one conversation
+    with edgemoe.load(tiny_moe) as engine:  # the same turns in one conversation
         chat = engine.chat(
             system="Be brief.", params=SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
         )
@@ -553,9 +553,9 @@ READY, DONE = "\x1b[?2004h", "\x1b[?2004l"
 
 
 class Terminal:
-    """Runs the program on a pseudo-terminal, as a user sits before it."""
+    """The program on a pseudo-terminal, as a user meets it."""
 
-    # Makes the terminal on stdin the controlling one, which is what turns a byte into a signal.
+    # Makes the terminal on stdin the controlling one, so that the byte of Ctrl-C becomes a signal.
     _LAUNCH = (
         "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
         "os.execv(sys.argv[1], sys.argv[1:])"
@@ -596,7 +596,7 @@ class Terminal:
         self.expect(text)
 
     def expect_text(self) -> None:
-        """Waits for any text that is no escape sequence or blank."""
+        """Waits for any text except escape sequences and blanks."""
         deadline = time.monotonic() + PATIENCE_S
         while not re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]|\s", "", self.seen):
             assert self._more(deadline), self.seen
@@ -690,7 +690,7 @@ def test_what_is_saved_replaces_no_other_file(
         (model, "tiny.moe: is a .moe file; expected another file to write"),
         (notes, "notes.txt: exists and is not a saved chat; it is left as it is"),
         (empty, "empty: 0 messages"),
-        (empty, "empty: 0 messages"),  # a saved chat now
+        (empty, "empty: 0 messages"),  # now a saved chat
     ):
         brief.send(f"/save {path}\r")
         brief.expect(answer)
@@ -820,7 +820,7 @@ def test_a_plain_terminal_takes_names_and_blocks_and_refuses_what_it_cuts(
         terminal.expect("> ")
         for part in ["x" * 500] * 12:
             terminal.send(part)
-            terminal.expect(part)  # its echo, so that nothing is lost on the way
+            terminal.expect(part)  # waits for the echo, so that no key is lost
         terminal.send("\n")
         terminal.expect("this terminal cuts lines at 4095 bytes; a backslash at the end goes on")
         terminal.expect("> ")

@@ -1,4 +1,4 @@
-"""What a model file may do to its host: nothing to its memory beyond the budget, nothing to its terminal."""
+"""A hostile model file can neither take memory beyond the budget nor control the terminal."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tiny import tiny_checkpoint
 from edgemoe.convert.convert import convert
 from edgemoe.file.append import add_sections
 
-# Not the parent's view of it, which begins with the parent's own memory.
+# Printed by the process itself, as its parent's view of the peak includes the parent's own memory.
 PEAK = """
 import sys
 from edgemoe import hardware
@@ -36,13 +36,13 @@ def with_template(path: Path, template: str) -> Path:
     base = tiny_checkpoint()
     convert(base, path)
     config = json.loads(base.files["tokenizer_config.json"]) | {"chat_template": template}
-    # Not by a conversion, which refuses what does not compile.
+    # Not written by a conversion, which refuses templates that do not compile.
     add_sections(path, {"tokenizer_config.json": json.dumps(config).encode()})
     return path
 
 
 def smallest_budget(path: Path) -> int:
-    """Returns the smallest --ram in MiB, which the error of too small a one names."""
+    """Returns the smallest --ram in MiB, which is named by the error for a smaller one."""
     result = subprocess.run(
         [*RUN, str(path), "--ram", "1MiB", "-p", "Hi"], stdin=subprocess.DEVNULL,
         capture_output=True, text=True, check=False,
@@ -79,7 +79,7 @@ def test_a_template_does_not_take_the_process_over_its_budget(
 
 # --- the terminal
 
-# A title, a cleared screen, a bell, a line of one's own, an 8-bit command, a line that reads backwards.
+# Sets a title, clears the screen, rings the bell, forges a line, has an 8-bit command, and reverses text.
 POISON = "\x1b]0;owned\x07\x1b[2J\a\r\nedgemoe: all is well\x9b2J\x7f\u202egpj.exe\u2066\u2028"
 BARE = set(POISON) - {"\n"} - set("]0;owned[2Jedgemoe: all is wellgpj.exe")
 
@@ -90,7 +90,7 @@ def hostile_index(index: dict[str, Any]) -> None:
 
 
 def checked(env: dict[str, str], *command: object, code: int) -> str:
-    """Runs a command, and returns what it wrote, in which nothing but lines is a control."""
+    """Runs a command, checks that its output has no control characters but line ends, and returns the output."""
     result = subprocess.run(
         [sys.executable, "-c", ENTRY, *map(str, command)], stdin=subprocess.DEVNULL,
         capture_output=True, env=env, timeout=60, check=False,

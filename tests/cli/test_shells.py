@@ -1,4 +1,4 @@
-"""What completes and the manual know every argument, since both are made from the parsers."""
+"""Shell completion and the manual have every argument, as both are made from the parsers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1))
 "$(complete -p "$1" | sed 's/.*-F \\([^ ]*\\).*/\\1/')" "$1" "${COMP_WORDS[-1]}" "${COMP_WORDS[-2]}"
 printf '%s\\n' "${COMPREPLY[@]}"
 """
-"""What bash itself does at Tab: calls the function that the script has registered."""
+"""Does what bash does at Tab: calls the function that the script has registered."""
 
 AT_TAB = [
     ("edgemoe ser", {"serve"}),
@@ -43,7 +43,7 @@ AT_TAB = [
 
 @pytest.fixture(scope="module")
 def scripts(tmp_path_factory):
-    """Yields a folder with every script, and a model to complete the name of."""
+    """A folder with every script, and a model whose name can be completed."""
     folder = tmp_path_factory.mktemp("shells")
     (folder / "model.moe").touch()
     for shell in SHELLS:

@@ -1,4 +1,4 @@
-"""A model is fetched from a hub file by file; what comes out is what a conversion of the whole checkpoint makes."""
+"""A model fetched from a hub file by file is the same as one converted from the whole checkpoint."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from edgemoe.hub.remote import HubError, Repository, Unreachable
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[hubs.Hub]:
-    """A hub without models, which this process asks; models are kept in a folder of the test's."""
+    """A hub without models, which this process uses; models are kept in a folder of the test."""
     from huggingface_hub import constants
 
     (tmp_path / "hub").mkdir()
@@ -83,9 +83,9 @@ def test_the_model_is_that_of_the_whole_checkpoint(family, hub, tmp_path) -> Non
     assert_as_converted(path, source, tmp_path)
     assert all(a[0] <= b[0] for a, b in itertools.pairwise(seen))
     assert seen[-1][0] == seen[-1][1]
-    # Of each file only its header was asked for twice.
+    # Nothing but the header of each file was requested twice.
     assert all(hub.sent[name] <= 2 * size for name, size in shards.items())
-    # The disk held the model and one file, what records of two files share, and small files.
+    # At most, the disk held the model, one file and one more for records that span two files, and small files.
     assert most <= path.stat().st_size + 2 * max(shards.values()) + 400_000
 
 
@@ -121,7 +121,7 @@ def test_gguf_files_are_taken_by_their_quant(hub, tmp_path) -> None:
     path, lines = fetch("user/tiny-GGUF")
     assert lines == [
         "user/tiny-GGUF: F16 of F16, Q8_0; user/tiny-GGUF:QUANT takes another"
-    ]  # Q4_K_M where there is one
+    ]  # Q4_K_M, if there is one
 
 
 def test_the_values_that_a_gguf_file_is_opened_with_are_there(hub, tmp_path) -> None:
@@ -421,7 +421,7 @@ def test_a_pull_that_is_killed_goes_on(hub, tmp_path) -> None:
     hub.sent.clear()
     path, _ = fetch()
     assert_as_converted(path, source, tmp_path)
-    # Of eleven files seven had become part of the model; two more may share records with the next.
+    # Seven of eleven files were part of the model already; two more may share records with the next one.
     assert sum(hub.sent.values()) < 0.6 * sum(sizes.values())
 
 

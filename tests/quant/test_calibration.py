@@ -1,4 +1,4 @@
-"""A calibration is what was summed: names, shapes, sums and checksums are checked before a conversion begins."""
+"""Calibrations are checked before a conversion begins: names, shapes, sums and checksums."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ META = {"source": "test", "model": "tiny", "tokens": "9", "window": "3", "bits":
 
 
 def tensors() -> dict[str, np.ndarray[Any, Any]]:
-    """Everything that a calibration of the tiny model may hold, of one layer and one dense input."""
+    """Returns every kind of tensor that a calibration of the tiny model may have."""
     rng = np.random.default_rng(0)
     E, D, H = 8, 96, 48
     out: dict[str, np.ndarray[Any, Any]] = {
@@ -37,14 +37,14 @@ def tensors() -> dict[str, np.ndarray[Any, Any]]:
             p + "output_max": rng.random(E, np.float32), p + "error": rng.random((E, 2)),
             p + "error2": rng.random((E, 2)),
         }  # fmt: skip
-    # Of layer 1 the inputs of 200 tokens, every other of which goes to all experts.
+    # Layer 1 has the inputs of 200 tokens, every other one of which went to all experts.
     out["experts.1.in.rows"] = rng.standard_normal((200, D)).astype(np.float32)
     out["experts.1.in.chosen"] = np.tile([np.arange(E), np.full(E, E)], (100, 1))
     return out
 
 
 def written(path: Path, **changes: Any) -> Path:
-    """Writes a calibration with tensors replaced, or left out where None; `__` stands for a dot."""
+    """Writes a calibration with some tensors replaced, or left out where None; `__` in names stands for a dot."""
     changed = tensors() | {name.replace("__", "."): value for name, value in changes.items()}
     write_calibration(path, {n: v for n, v in changed.items() if v is not None}, META)
     return path

@@ -1,4 +1,4 @@
-"""Corrections of low rank: bytes, what they mean, and every instruction set's products with them."""
+"""Low-rank corrections: their bytes, what these mean, and the products of every instruction set."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROW_SCALES = (1, 1, 0, 0, 0)
 
 
 def corrected(rows, cols, ranks, seed=0, *, has_basis=True):
-    """Returns a matrix's rungs, the same with corrections by least squares, and the basis."""
+    """Returns a matrix's rungs, its rungs with corrections fitted by least squares, and the basis."""
     rng = np.random.default_rng(seed)
     w = (rng.standard_normal((rows, cols)) * rng.uniform(0.01, 2, (rows, 1))).astype(np.float32)
     rungs = quantize(w, LADDER, row_scales=ROW_SCALES)
@@ -63,7 +63,7 @@ def test_products_and_rows_agree_with_numpy(isa, rows, cols, ranks):
         matrix.decode_rows(np.arange(rows, dtype=np.int32), out)
         np.testing.assert_allclose(out, whole, rtol=1e-5, atol=1e-6 * np.abs(whole).max())
         base = reference_nested.decode_rungs(plain[:level], WIDTHS[:level], rows, cols, ROW_SCALES)
-        # W meets rounded activations and V those before rounding; V x then has 8 bits of its own
+        # W is applied to rounded activations, and V to unrounded ones; V x is then rounded to 8 bits itself.
         expected = reference_nested.quantize_rows(x) @ base.T + x.astype(float) @ (whole - base).T
         y = np.empty((70, rows), np.float32)
         _core.linear(ws, x, [matrix], [y])
@@ -75,7 +75,7 @@ def test_products_and_rows_agree_with_numpy(isa, rows, cols, ranks):
         for t in (0, 69):  # a row's bits do not depend on its batch
             _core.linear(ws, x[t : t + 1], [matrix], [one])
             assert np.array_equal(one[0], y[t])
-    # the same where the basis lies elsewhere
+    # The same with a basis that is not in the first rung.
     _, bare, _ = corrected(rows, cols, ranks, has_basis=False)
     shared = nested(bare[:2], rows, cols, ranks, padded(v))
     again = np.empty_like(y)
@@ -86,10 +86,10 @@ def test_products_and_rows_agree_with_numpy(isa, rows, cols, ranks):
 
 @pytest.mark.parametrize("rank", [8, 16, 24, 32])
 def test_a_product_is_exact_where_nothing_is_rounded(isa, rank):
-    """Whole numbers all the way: sums that a wrong lane, half or scale would change."""
+    """All values are integers, so that any wrong lane, half or scale changes the sums."""
     rows, cols = 35, 70
     rng = np.random.default_rng(rank)
-    rungs = quantize(np.zeros((rows, cols), np.float32), (2,))  # R = 0 but for what follows
+    rungs = quantize(np.zeros((rows, cols), np.float32), (2,))  # row scales are 0, and set next
     rungs[0][: 2 * rows] = np.full(rows, 64.0, "<f2").view(np.uint8)  # a code's step at 2 bits is 1
     codes = rng.integers(0, 16, (rows, rank), np.uint8)
     u = np.full(rank, 2.0, np.float16)
@@ -187,7 +187,7 @@ def test_rounding_a_factor_loses_what_four_bits_lose():
     stored = correction.factor(u, codes, units)
     for j in range(7):
         lost = np.square((stored - a)[:, j] / units).sum() / np.square(a[:, j] / units).sum()
-        assert 0.005 < lost < 0.02  # 0.0115 of a bell
+        assert 0.005 < lost < 0.02  # 0.0115 for a normal distribution
     assert u[7] == 0
     assert not stored[:, 7].any()
     assert np.array_equal(codes.max(axis=0)[:7], np.full(7, 15))

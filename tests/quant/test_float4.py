@@ -1,4 +1,4 @@
-"""Floats of 4 bits, stored as they are: kernels, encoder and files against slow, obvious versions and transformers."""
+"""4-bit floats, stored as released: kernels, encoder and files agree with slow, obvious versions and transformers."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ SHAPES = [(16, 64), (5, 7), (33, 130), (20, 320)]
 
 
 def released(scheme, rows, cols, seed=0):
-    """Weights as a model has them that was released in the scheme, decoded in float32."""
+    """Returns weights that the scheme can represent, as in a model released in it, decoded to float32."""
     rng = np.random.default_rng(seed)
     codes = rng.integers(0, 16, (rows, cols))
     group = FORMS[scheme][1].group
@@ -113,7 +113,7 @@ def test_mxfp4_is_exact_at_any_scale():
     for top in (-125, -30, 0, 100):
         w = np.ldexp(released("mxfp4", 16, 96, seed=top + 200), top // 2).astype(np.float32)
         np.testing.assert_array_equal(decoded(held("mxfp4", w)), w)
-    # The least and the largest scale, groups of zeros, and groups that reach half of what they could.
+    # The smallest and the largest scale, groups of zeros, and groups that use half of their range.
     w = np.zeros((6, 64), np.float32)
     w[0, :3] = np.ldexp([0.5, 3, -6], -127)
     w[1, :3] = np.ldexp([0.5, 3, -6], 125)
@@ -123,7 +123,7 @@ def test_mxfp4_is_exact_at_any_scale():
 
 @pytest.mark.parametrize("seed", range(8))
 def test_nvfp4_is_met_whatever_the_matrix_scale(seed):
-    """Its products are of three factors, so that the last bit depends on their order; codes and scales are the same."""
+    """Codes and scales are the same. Weights are products of three factors, whose order decides the last bit."""
     w = released("nvfp4", 32, 200, seed)
     w[3] = 0
     np.testing.assert_allclose(decoded(held("nvfp4", w)), w, rtol=2**-22, atol=0)
@@ -151,7 +151,7 @@ def test_other_ladders_are_refused():
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """gpt-oss as it is released, and its experts as transformers decodes them."""
+    """A gpt-oss checkpoint in its released form, and its experts as transformers decodes them."""
     folder = tmp_path_factory.mktemp("oss")
     path = folder / "oss"
     return path, release(path)

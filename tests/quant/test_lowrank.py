@@ -1,4 +1,4 @@
-"""Corrections of low rank as they are fitted: what they gain, against least squares that knows no shortcuts."""
+"""The fit of low-rank corrections: what they gain, compared with plain least squares."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_directions_are_the_first_eigenvectors():
 
 
 def test_what_is_left_is_what_the_directions_do_not_tell():
-    """E M' E^T is the error once the best of all factors has been taken, up to what M' is damped with."""
+    """E M' E^T is the error that remains with the best factor, up to the damping in M'."""
     moments = products(inputs(2048, 64))
     moments /= np.diagonal(moments).mean()
     v = basis(moments)
@@ -64,7 +64,7 @@ def test_what_is_left_is_what_the_directions_do_not_tell():
 
 
 def test_every_level_gains():
-    """Those that have a correction much, and the others because these no longer pull at their codes."""
+    """Levels with a correction gain much. The others do not lose, as those no longer bend their codes."""
     w, moments = weights(64, 128), products(inputs(4096, 128))
     plain = errors(w, quantize(w, second_moments=moments, row_scales=ROW_SCALES), (), moments)
     v = basis(moments)
@@ -107,7 +107,7 @@ def test_inputs_that_were_all_zeros_and_rows_of_zeros_are_coded():
 
 
 def test_a_rung_of_another_rank_has_the_best_factor_of_its_own():
-    """Levels with 16, 8 and no directions, each against least squares in the metric of the products."""
+    """Levels with 16, 8 and no directions are each near least squares in the metric of the products."""
     w, moments = weights(32, 96), products(inputs(2048, 96))
     ranks = (16, 8, 0, 0, 0)
     rungs = quantize(

@@ -1,4 +1,4 @@
-"""MWQ, the second scheme: kernels, quantiser and files against slow, obvious versions."""
+"""MWQ, the second scheme: kernels, quantiser and files agree with slow, obvious versions."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def weights(rows, cols, seed=0):
 
 
 def products(cols, seed=1):
-    """Mean products of correlated inputs, some columns much larger than others."""
+    """Returns mean products of correlated inputs, in which some columns are much larger than others."""
     rng = np.random.default_rng(seed)
     mixing = rng.standard_normal((cols, cols)) * np.exp(rng.normal(0, 1, cols))
     x = rng.standard_normal((2 * cols, cols)) @ mixing
@@ -54,7 +54,7 @@ def decoded(matrix):
 
 
 def products_of(matrix, x):
-    """Returns all rows of x [T, cols] at once, and each alone."""
+    """Returns the products of all rows of x [T, cols] at once, and of each row alone."""
     ws = _core.Workspace(2, len(x), matrix.cols, 64, 1, 16)
     out = np.empty((len(x), matrix.rows), np.float32)
     alone = np.empty_like(out)
@@ -125,7 +125,7 @@ def test_codes_are_those_of_the_slow_algorithm(ladder, compensated, calibrated):
     slow = reference_mwq.levels(w, ladder, moments, compensated)
     fast = np.stack([m.decode(n + 1) for n in range(len(ladder))])
     step = np.abs(slow[0] - w).mean()
-    # A tie that float32 decides otherwise changes what follows it, a little.
+    # Where float32 decides a tie otherwise, later codes change a little.
     assert (np.abs(fast - slow) < 1e-3 * step).mean() > (0.9 if calibrated else 0.999)
     seen = np.eye(300) if moments is None else moments
     errors = [np.einsum("lrc,cd,lrd->l", e, seen, e) for e in (fast - w, slow - w)]

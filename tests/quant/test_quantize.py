@@ -1,4 +1,4 @@
-"""The quantiser: against a slow, obvious search, and what calibration must gain."""
+"""The quantiser agrees with a slow, obvious search, and gains from calibration."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ def weights(rows, cols, seed=0):
 
 
 def inputs(tokens, cols, seed=1):
-    """Correlated, and some columns much larger than others."""
+    """Returns correlated inputs, in which some columns are much larger than others."""
     rng = np.random.default_rng(seed)
     mixing = rng.standard_normal((cols, cols)) * np.exp(rng.normal(0, 1, cols))
     return (rng.standard_normal((tokens, cols)) * 0.3) @ mixing.astype(np.float32)
 
 
 def level_errors(w, rungs, moments):
-    """tr(E M E^T) at each level."""
+    """Returns tr(E M E^T) at each level, for the error E."""
     errors = []
     for n in range(1, len(LADDER) + 1):
         e = decode_rungs(rungs[:n], WIDTHS[:n], *w.shape) - w
@@ -51,14 +51,14 @@ def level_errors(w, rungs, moments):
 
 
 def exact_weights(rows, cols):
-    """The same on every machine, to the last bit."""
+    """Returns weights that are the same on every machine, to the last bit."""
     x = (np.arange(rows * cols, dtype=np.uint32) * np.uint32(2654435761)) >> np.uint32(8)
     u = x.astype(np.float32) / np.float32(2**24) - np.float32(0.5)
     return (u * np.abs(u)).reshape(rows, cols)
 
 
 def objective(w, codes, steps, middles, importance):
-    """Weighted squared error over levels, per weight."""
+    """Returns the squared error of each weight, summed over levels with their weights."""
     return importance * sum(
         weight * np.square(decode(codes >> (8 - bits), steps, middles, bits) - w)
         for bits, weight in LEVELS
@@ -82,7 +82,7 @@ def test_scales_and_middles_are_near_the_best_of_all_256(thorough):
     importance = np.linspace(0.5, 2, 64)
     rungs = quantize(w, second_moments=importance.astype(np.float32), thorough=thorough)
     codes, steps, middles = unpack(rungs, WIDTHS, 4, 64)
-    # The step of a row's code at relative scale 1.
+    # The step of each row's code at relative scale 1.
     units = rungs[0][:8].view(np.float16).astype(np.float64)[:, None] / 4096
     groups = lambda x: x.reshape(4, 4, 16).sum(-1)  # noqa: E731
     chosen = groups(objective(w, codes, steps, middles, importance))
@@ -194,7 +194,7 @@ def test_refining_is_coordinate_descent():
 @pytest.mark.parametrize("calibrated", [False, True])
 @pytest.mark.parametrize("row_scales", [(1,), ROW_SCALES], ids=str)
 def test_a_shorter_ladder_stores_a_prefix_of_the_same_code(calibrated, row_scales):
-    """So levels that a file does not hold count like those that it holds."""
+    """So levels that a file leaves out still count in the choice of codes."""
     w = weights(48, 128)
     x = inputs(512, 128)
     moments = (x.T @ x / len(x)).astype(np.float32) if calibrated else None
@@ -202,13 +202,13 @@ def test_a_shorter_ladder_stores_a_prefix_of_the_same_code(calibrated, row_scale
     for n in (1, 2, 3, 4):
         rungs = quantize(w, LADDER[:n], second_moments=moments, row_scales=row_scales)
         assert [r.tobytes() for r in rungs] == [r.tobytes() for r in whole[:n]]
-    # One that is made for itself is another code: nothing above counts.
+    # Codes made for level 3 alone are different, as higher levels do not count.
     alone = quantize(w, LADDER[:3], second_moments=moments, favour=3)
     assert alone[0].tobytes() != whole[0].tobytes()
 
 
 def test_row_scales_of_their_own_are_the_best_of_all():
-    """Of 2 bits: the row's error is least there, and less than with one scale for all levels."""
+    """At 2 bits: the row's error is least at its own scale, and less than with one scale for all levels."""
     w, x = weights(32, 128), inputs(2048, 128)
     moments = (x.T @ x / len(x)).astype(np.float32)
     rungs = quantize(w, second_moments=moments, row_scales=ROW_SCALES)
@@ -229,7 +229,7 @@ def test_row_scales_of_their_own_are_the_best_of_all():
 
 @pytest.mark.parametrize("squares", [None, np.linspace(0.5, 2, 128, dtype=np.float32)])
 def test_without_products_row_scales_are_alike(squares):
-    """And the codes those of one scale: fitted to weights, rows get shorter, and models worse."""
+    """Codes are then those of a single scale. Scales fitted to weights alone shorten rows, and models get worse."""
     w = weights(40, 128)
     one = quantize(w, second_moments=squares)
     two = quantize(w, second_moments=squares, row_scales=ROW_SCALES)
@@ -242,7 +242,7 @@ def test_without_products_row_scales_are_alike(squares):
 
 @pytest.mark.parametrize("calibrated", [False, True])
 def test_fitted_scales_stay_within_float16(calibrated):
-    """Also where a row is nothing, all one value, or nearly too large for its scale."""
+    """Also for a row of zeros, of one value, or with values nearly too large for its scale."""
     w = np.stack([np.zeros(64), np.full(64, 3.0), np.full(64, 6.5e4), np.eye(64)[3] * 6.5e4])
     w, x = w.astype(np.float32), inputs(256, 64)
     rungs = quantize(w, second_moments=x.T @ x if calibrated else None, row_scales=ROW_SCALES)
@@ -254,7 +254,7 @@ def test_fitted_scales_stay_within_float16(calibrated):
 
 
 def searches(rows, cols):
-    """Every way to the codes of a matrix, as options of `quantize`."""
+    """Yields options of `quantize` for every way to find the codes of a matrix."""
     x = inputs(300, cols)
     moments = x.T @ x
     yield {}
@@ -312,7 +312,7 @@ def test_wrong_moments_are_refused(moments, message):
 
 
 def write_products(path, config, layers, seed=2):
-    """A calibration of the experts' inputs alone; returns it."""
+    """Writes a calibration that has only the experts' inputs; returns it."""
     d, h, n = config.hidden_size, config.expert_hidden, config.num_experts
     tensors = {}
     for layer in layers:
@@ -347,7 +347,7 @@ def test_convert_uses_a_calibration(tmp_path):
             )
         ]
         assert errors[1] < 0.9 * errors[0]
-    for name in plain.tensors:  # of which this calibration knows nothing
+    for name in plain.tensors:  # none of which are in this calibration
         assert np.array_equal(plain.tensors[name], calibrated.tensors[name])
     assert open_moe(tmp_path / "plain.moe").scheme.row_scales == (1,)
     assert open_moe(tmp_path / "calibrated.moe").scheme.row_scales == ROW_SCALES

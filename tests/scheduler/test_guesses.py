@@ -1,4 +1,4 @@
-"""What schedulers have the core work out of all experts of a layer, against the same in numpy and plain Python."""
+"""What the core computes for schedulers over all experts of a layer agrees with numpy and plain Python."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def likely(odds, count):
 
 
 def path_rows(layers=1, n=E, count=K):
-    """A `PathRows`, and its scores, moments that are late, paths, and versions."""
+    """Returns a `PathRows`, and its arrays: scores, late penalties, paths, and versions."""
     arrays = {
         "scores": np.zeros((layers, n)), "late": np.zeros((layers, n)),
         "paths": np.zeros((layers, count), np.int32), "version": np.zeros(layers, np.uint32),
@@ -35,7 +35,7 @@ def test_a_path_is_followed_and_foreseen():
     expected, wait = np.zeros(E), np.zeros(E)
     for step in range(1, 30):
         chosen = np.stack([experts(rng), experts(rng)])  # the last of two tokens counts
-        odds = rng.integers(1, 30, E).astype(float)  # with equals
+        odds = rng.integers(1, 30, E).astype(float)  # with ties
         right, ahead = rows.follow(0, chosen, odds, step, 1, has, 1)
         ran = chosen[1]
         assert right == np.count_nonzero(wait[ran])
@@ -110,7 +110,7 @@ def test_path_rows_refuse_what_they_cannot_index():
 def test_arrays_that_change_in_place_are_not_trusted():
     rows, scores, _, paths, version = path_rows(2)
     has, chosen, odds = np.zeros((2, E), np.int8), np.zeros((1, 1), np.int32), np.zeros((2, E))
-    for layer in (0, 1):  # that which runs, and one that it looks at
+    for layer in (0, 1):  # the layer that runs, and one ahead of it
         for wrong in (-1, E, 2**31 - 1):
             paths[layer, K - 1] = wrong
             with pytest.raises(ValueError, match="paths"):
@@ -137,7 +137,7 @@ def test_arrays_that_change_in_place_are_not_trusted():
 
 
 def tables(layers):
-    """Pairs, pairs two layers apart, totals, and uses, of which nothing has run."""
+    """Returns the tables before anything has run: pairs, pairs two layers apart, totals, and uses."""
     pairs, far = np.zeros((2, layers, E, E), np.float32)
     totals, uses = np.zeros((2, layers, E), np.float32)
     uses += 1
@@ -256,7 +256,7 @@ def test_odds_are_mixed_and_uses_expected():
 
 
 def precision(gates, levels, *, strict, t1=0.4, t2=0.7, low=4, high=8, bits_of=(0, 2, 4, 8)):
-    """HOBBIT 3.2 in plain numbers."""
+    """Returns the precisions of HOBBIT, section 3.2, in plain Python."""
     out, before = [], 0.0
     for gate, level in zip(gates, levels, strict=False):
         score = before / sum(gates)

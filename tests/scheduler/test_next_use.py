@@ -1,4 +1,4 @@
-"""What next-use knows of experts, against the same in numpy, a row at a time."""
+"""The next-use predictor agrees with plain numpy, one row at a time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ KEEP, DECAY = 0.5 ** (1 / 64), 0.5 ** (1 / 4)
 
 
 class Reference:
-    """Is `NextUse`'s features and odds for one layer, without learning."""
+    """The features and odds of `NextUse` for one layer, without learning."""
 
     def __init__(self):
         self.frequency = np.full(E, K / E)
@@ -101,7 +101,7 @@ def test_odds_are_mixed_with_those_of_a_text():
 
 
 def test_it_learns_from_what_it_knew_a_token_before():
-    """Also where only some tokens and some layers are lessons, and only their rows are kept."""
+    """Also if it learns only from some tokens and layers, and keeps only their rows."""
     rng = np.random.default_rng(1)
     model = NextUse(2, 4096, 2)  # layers in turn
     seen, lessons = [], []

@@ -1,4 +1,4 @@
-"""The trained predictor of routing paths: its arithmetic, its training, and what schedulers make of it."""
+"""The trained predictor of routing paths: its arithmetic, its training, and how schedulers use it."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_tokens_spread_over_the_rows():
 
 
 def text(n, length, seed=0):
-    """Pieces where each token is the one before plus one, mod 7, and a token's experts are a function of it."""
+    """Returns texts in which each token is the one before plus 1, mod 7, and determines its experts."""
     ids = (np.random.default_rng(seed).integers(0, 7, (n, 1)) + np.arange(length)) % 7
     table = np.random.default_rng(9).permuted(np.tile(np.arange(E), (7, L, 1)), axis=2)[:, :, :K]
     uses = np.zeros((n, length, L, E), np.uint8)
@@ -140,7 +140,7 @@ def test_a_damaged_section_is_named():
 
 
 def test_habit_and_text_are_weighed_by_what_is_right():
-    """The routing follows the predictor in layer 0 and never in layer 1; frequencies say nothing."""
+    """The routing follows the predictor in layer 0 and never in layer 1; frequencies are uninformative."""
     use = PathUse(setting(tiny_paths()))
     rng = np.random.default_rng(1)
     use.begin()
@@ -155,7 +155,7 @@ def test_habit_and_text_are_weighed_by_what_is_right():
                 right[layer] += np.isin(np.argsort(odds[layer])[:K], chosen).sum()
             use.update(routing(layer, chosen.tolist()))
         use.learn()
-    # One pair of weights serves both layers, and chance is a quarter.
+    # Both layers share one pair of weights, and chance is a quarter.
     assert right[0] > 0.6 * 100 * K
     assert right[1] < 0.4 * 100 * K
 
@@ -249,7 +249,5 @@ def test_reports_and_replays_know_it(trained, tmp_path, capsys):
     assert open_moe(tmp_path / "z.moe").sections["paths"] == b"damaged"
     with pytest.raises(FormatError, match="not a path predictor"):
         edgemoe.load(tmp_path / "z.moe", scheduler="expertflow")
-    with edgemoe.load(
-        tmp_path / "z.moe", context=16
-    ) as engine:  # who does not need it does not look
+    with edgemoe.load(tmp_path / "z.moe", context=16) as engine:  # does not read the section
         engine.logits([1])

@@ -1,4 +1,4 @@
-"""Schedulers: the papers' formulas and examples on plans, lawfulness of every plan, and exactness on a model."""
+"""Schedulers: plans follow the papers' formulas and examples, every plan is valid, and exact ones are exact."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def scored(p: Priorities):
 
 
 def residency(layers=3, experts=4, **levels):
-    """residency(e1_0=5): layer 1, expert 0 at level 5."""
+    """Returns a residency; residency(e1_0=5) has expert 0 of layer 1 at level 5."""
     out = np.zeros((layers, experts), np.int8)
     for name, level in levels.items():
         layer, expert = map(int, name[1:].split("_"))
@@ -76,7 +76,7 @@ def residency(layers=3, experts=4, **levels):
 
 
 def check_lawful(plan: Plan, r: Routing, level_bits, *, exact: bool, layers: int) -> None:
-    """Every routed slot is in the plan once, or skipped, and what the plan says is within the contract."""
+    """Checks that every routed slot is in the plan once, or skipped, and that the plan keeps its contract."""
     T, K = r.experts.shape
     n, m, E = len(plan.experts), len(plan.tokens), 1 << 16
     assert plan.layer == r.layer
@@ -235,12 +235,12 @@ def test_hobbit_of_two_experts_is_the_rule_on_the_first_gate(top, second):
 @pytest.mark.parametrize(
     ("level", "score", "bits"),
     [
-        (5, 0.95, 8),  # what is here at high bits runs as it is, whatever its score
-        (3, 0.95, 4),  # low is here and would be skipped: runs as it is
-        (3, 0.7, 4),  # low is asked for and here
+        (5, 0.95, 8),  # resident at high bits: runs so, whatever its score
+        (3, 0.95, 4),  # resident at low bits, would be skipped: runs as it is
+        (3, 0.7, 4),  # low is asked for and resident
         (3, 0.5, 8),  # high is asked for: low is not enough
-        (4, 0.7, 6),  # more than low is here: that serves a request for low
-        (1, 0.7, 4),  # less than low is not
+        (4, 0.7, 6),  # more than low is resident: that serves a request for low
+        (1, 0.7, 4),  # less than low is not enough
     ],
 )
 def test_hobbit_scores_only_misses(level, score, bits):
@@ -272,7 +272,7 @@ def test_hobbit_looks_ahead_up_to_the_first_layer_with_a_miss():
     h = Hobbit(setting(), look_ahead=2)
     all_here = residency(e1_0=5, e1_1=5)
     plan = h.plan(routing([0, 1], [0.5, 0.5], ahead=ahead), all_here)
-    assert plan.ahead.tolist() == [4, 5, 10, 11]  # layer 1 is here, and kept; layer 2 is read
+    assert plan.ahead.tolist() == [4, 5, 10, 11]  # layer 1 is resident, and kept; layer 2 is read
     assert plan.ahead_bits.tolist() == [8, 8, 8, 4]
     plan = h.plan(routing([0, 1], [0.5, 0.5], ahead=ahead), residency(e1_0=5))
     assert plan.ahead.tolist() == [4, 5]
@@ -371,7 +371,7 @@ def test_frequency_over_distance_keeps_what_runs_soon():
     r = routing([0], [1.0], 0)
     e.planned(r, plan_slots(r, np.array([[8]], np.int8)))
     p = scored(e.priorities)
-    # All equally frequent: the next layer stays longest, the one that just ran goes first (distance 3, not 0).
+    # With equal frequencies the next layer stays longest, and the one that just ran goes first (distance 3, not 0).
     assert p[1, 0] > p[2, 0] > p[0, 0]
     assert p[1, 0] / p[2, 0] == pytest.approx(2, rel=1e-2)
     assert p[0, 1] < p[0, 0]  # never used
@@ -390,13 +390,13 @@ def test_transitions_prefer_the_path_and_fall_back():
         walk([3], [1], [0])
     t.update(routing([0], [1.0], 0))
     t.update(routing([1], [1.0], 1))
-    assert t.predict(2).argmax() == 2  # two layers tell them apart
+    assert t.predict(2).argmax() == 2  # by the last two layers
     t.update(routing([2], [1.0], 0))
     t.update(routing([1], [1.0], 1))
-    assert t.predict(2).tolist() == [3, 0, 3, 0]  # never seen: one layer does not
+    assert t.predict(2).tolist() == [3, 0, 3, 0]  # the pair is new: by the last layer
     t.update(routing([2], [1.0], 0))
     t.update(routing([3], [1.0], 1))
-    assert t.predict(2).tolist() == t._totals[2].tolist()  # nothing known but frequency
+    assert t.predict(2).tolist() == t._totals[2].tolist()  # both are new: by frequency
     # Tuples do not depend on the order of gates.
     t = Transitions(2, 4, 2)
     walk([0, 1], [2, 3])
@@ -413,7 +413,7 @@ def test_transitions_of_many_experts_are_means_over_two_layers():
             t.learn()
         t.update(routing([0, 1, 4], [0.4, 0.3, 0.3], 0))
         t.update(routing([0, 1, 3], [0.4, 0.3, 0.3], 1))
-    # Experts 0 and 1 of layer 1 came before both triples; of layer 0 two say the first one, one the other.
+    # Experts 0 and 1 of layer 1 preceded both triples; in layer 0, two of three preceded the first one.
     np.testing.assert_allclose(one.predict(2), [1] * 6)
     np.testing.assert_allclose(two.predict(2), [3, 3, 3, 2, 2, 2])
     fresh = Transitions(3, 6, 3)
@@ -425,7 +425,7 @@ def test_transitions_of_many_experts_are_means_over_two_layers():
 
 @pytest.mark.parametrize(("E", "K"), [(4, 1), (4, 2), (6, 3)])
 def test_transitions_go_on_from_what_was_kept(E, K):
-    """What is predicted is the same, and so is what is learned on top; a key of one layer is none of two."""
+    """Restored tables predict the same and learn the same; keys of one layer are distinct from keys of two."""
     rng = np.random.default_rng(E + K)
 
     def path():
@@ -555,7 +555,7 @@ def test_mc_leaves_out_small_gates_and_may_give_their_share_to_the_others():
     np.testing.assert_allclose(plan.gates[0, :2], [0.625, 0.375])
     flat = routing(
         [0, 1, 2], [0.6, 0.2, 0.2], 2
-    )  # both others are below half of the first: one goes
+    )  # both others are below half of the first: one is pruned
     assert slot_bits(mc.plan(flat, residency())).tolist() == [[8, 8, 0]]
     two = Mc(setting(top_k=3), beta=0.5, layers=1, most=2)
     plan = two.plan(flat, residency())
@@ -601,7 +601,7 @@ def test_mc_with_equal_gates_keeps_all():
 
 
 def test_hottest_expert_bit_goes_first_with_cumulative_demand():
-    # PAPERS' example: three requests on expert 2, one of 2 bits and two of 3: base used 3 times, next plane twice.
+    # D2MoE's example: three requests for expert 2, one at 2 bits and two at 3: base used 3 times, next plane twice.
     r = routing([[2, 0], [2, 1], [2, 0]], [[0.6, 0.4]] * 3)
     bits = np.array([[2, 2], [3, 2], [3, 3]], np.int8)
     plan = plan_slots(r, bits, hottest_first=True)
@@ -613,7 +613,10 @@ def test_hottest_expert_bit_goes_first_with_cumulative_demand():
 
 
 def makespan(items, io, compute):
-    """PAPERS 2.3: io_end[s] = io_end[s-1] + io; start = max(io_end[s], comp_end[s-1]); comp_end = start + compute."""
+    """Returns the time of D2MoE's pipeline.
+
+    io_end[s] = io_end[s-1] + io; start = max(io_end[s], comp_end[s-1]); comp_end = start + compute.
+    """
     io_end = comp_end = 0.0
     for item in items:
         io_end += io[item]
@@ -622,7 +625,7 @@ def makespan(items, io, compute):
 
 
 def test_hottest_first_is_near_the_bound_and_file_order_is_not():
-    """The simulation of PAPERS 2.3: 8 experts, planes whose reads take 2:1:1, skewed routing, 4 to 32 tokens."""
+    """A simulation of D2MoE's pipeline: 8 experts, planes whose reads take 2:1:1, skewed routing, 4 to 32 tokens."""
     rng = np.random.default_rng(0)
     io_of = {2: 2.0, 3: 1.0, 4: 1.0}
     hottest, by_file = [], []
@@ -652,7 +655,7 @@ def test_hottest_first_is_near_the_bound_and_file_order_is_not():
 
 
 def planes(plan):
-    """The planes of a plan in the order of reading: an entry brings all below its bits that are not here yet."""
+    """Returns the planes of a plan in reading order; an entry reads all missing planes up to its bits."""
     here, out = Counter(), []
     for e, b in zip(plan.experts.tolist(), plan.bits.tolist(), strict=True):
         for plane in (2, 3, 4):
@@ -702,7 +705,7 @@ def test_d2moe_frees_for_prompts_alone_unless_it_is_told_otherwise():
         d = D2moe(setting(layers=L, experts=E, top_k=K, bits=8, slots=2), levels=1, frees=frees)
         drops = [d.plan(r, full).drop for r in (token, prompt)]
         assert tuple(0 if drop is None else len(drop) for drop in drops) == expected
-        # A prompt after tokens counts what they left, not what there was before them.
+        # A prompt after tokens counts the present residency, not the one before them.
         d.plan(token, full)
         empty = d.plan(prompt, residency(L)).drop
         assert empty is None
@@ -793,9 +796,7 @@ def test_d2moe_knows_what_is_resident_without_counting_all_of_it():
         for layer in range(L):
             plan = d.plan(random_routing(rng, layer, 1, E, K, 0), store.residency)
             used = int(sizes[store.residency].sum())
-            if (
-                plan.drop is not None
-            ):  # no sooner than memory is full, and no more than a level too much
+            if plan.drop is not None:  # only when memory is full, and at most a level too much
                 drops += 1
                 levels = store.residency.reshape(-1)[plan.drop]
                 kept = np.searchsorted(s.level_bits, plan.drop_bits, side="right")
@@ -835,7 +836,7 @@ def test_expertflow_keeps_the_predicted_path_and_drops_what_it_missed():
 
 def test_expertflow_priorities_are_rounds_until_use():
     class Given:
-        """Says what the test says."""
+        """A predictor that returns the odds given by the test."""
 
         def update(self, routing):
             return np.array(self.against)
@@ -857,10 +858,10 @@ def test_expertflow_priorities_are_rounds_until_use():
 
 
 def test_expertflow_gives_slots_to_the_layer_that_runs_next_first():
-    """The paper's example: two layers need 3 and 2 experts, there are 4 slots: 3 and 1."""
+    """The paper's example: two layers need 3 and 2 experts. Of 4 slots they get 3 and 1."""
 
     class Given:
-        """Says what the test says."""
+        """A predictor that returns the odds given by the test."""
 
         def update(self, routing):
             return np.array(against[routing.layer])
@@ -926,7 +927,7 @@ def test_a_spared_expert_is_not_displaced_by_resident_ones():
 
 
 def test_levels_between_count_as_high_in_hobbit_s_eviction():
-    """With bits 8 those above 4 do, so that a use at 6 is worth as much as one at 8, and more than one at 4."""
+    """With `bits` 8, levels above 4 count as high: a use at 6 is worth as much as one at 8, and more than one at 4."""
     worth = {}
     for bits in (2, 4, 6, 8):
         e = make_eviction("hobbit", setting(experts=2, top_k=1), HobbitWeights())
@@ -952,7 +953,7 @@ def test_lowering_is_an_option_of_every_scheduler():
 
 
 def test_hobbit_reads_ahead_what_ranks_are_worth():
-    """Of two ranks the second is always wrong: it is no longer read, unless all are as published."""
+    """The second of two ranks is always wrong: it is no longer read, unless trials are off, as in the paper."""
     for trials, expected in ((True, 1), (False, 2)):
         h = SCHEDULERS["hobbit"](
             setting(layers=2, experts=8, top_k=2, slots=3), t1=0.9, t2=0.9, trials=trials
@@ -974,7 +975,7 @@ def test_dynamic_top_p_keeps_the_crossing_expert():
 
 
 def test_a_token_keeps_the_same_experts_alone_and_in_a_prompt():
-    """Also where a sum of gates lies at the cut, so that rounding decides."""
+    """Also if a sum of gates is exactly at the threshold, so that rounding decides."""
     rng = np.random.default_rng(0)
     gates = -np.sort(-rng.random((200, 10), np.float32))
     gates /= gates.sum(axis=1, keepdims=True)
@@ -1007,7 +1008,7 @@ def test_cache_prior_prefers_residents_but_not_over_the_protected():
     assert plan.experts.tolist() == [0, 2]  # 0 is protected, 2 is near enough, 3 is not
     assert made.substituted == 1
     np.testing.assert_allclose(plan.gates, [[0.7 * 0.4 / 0.65, 0.7 * 0.25 / 0.65]], rtol=1e-6)
-    assert plan.ahead.tolist() == [1]  # the displaced expert comes in the background
+    assert plan.ahead.tolist() == [1]  # the displaced expert is read in the background
     assert made.plan(r, residency(e0_0=5, e0_1=5, e0_2=5)).experts.tolist() == [0, 1]
     assert SCHEDULERS["on-demand"](s, cache_prior=0.2).plan(r, here).ahead is None
     strong = SCHEDULERS["on-demand"](s, cache_prior=5.0, protect=0)
@@ -1045,7 +1046,7 @@ def test_a_trial_compares_windows_in_turn():
 
 
 def run_auto(auto, seconds, tokens=400):
-    """Feeds single tokens whose time depends on what is on."""
+    """Feeds single tokens, whose time depends on which options are on."""
     for _ in range(tokens):
         plan = auto.plan(routing([0, 1], [0.9, 0.1], 0), residency(1))
         auto.passed(1, seconds(auto, plan))
@@ -1155,7 +1156,7 @@ def exact_logits(tiny_moe):
 
 @pytest.fixture
 def room(monkeypatch):
-    """Makes every engine have slots for so many experts."""
+    """Returns a function that gives every engine slots for so many experts."""
 
     def limit(count):
         with_slots(monkeypatch, lambda budget: count * budget.expert)
