@@ -1,7 +1,8 @@
-"""What agents have really sent, replayed whole: everything in it is honoured or reported.
+"""Recorded requests of real agents are replayed whole: every field in them is honoured or reported.
 
-The bodies in `requests` are of codex 0.171.0, claude 2.1.197 and opencode 1.18.33, which were asked what is in a file,
-called a tool that reads it, and ended (`scripts/agents`). Texts are cut, four tools are left, names are replaced.
+The bodies in `requests` are of codex 0.171.0, claude 2.1.197 and opencode 1.18.33. The agents were asked what is in a
+file, called a tool that reads it, and ended (`scripts/agents`). Texts were shortened, all but four tools removed, and
+names replaced.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ REPORTED = {
     "claude": {"metadata", "context_management", "output_config", "cache_control", "anthropic-beta"},
     "opencode": set(),
 }  # fmt: skip
-"""What has no effect here."""
+"""By agent, the fields that have no effect here and are reported."""
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,7 @@ def sent(server, path, body, headers=None):
 
 
 def recorded(server, name):
-    """Sends what an agent has sent, for short replies, and yields the events of each."""
+    """Sends the recorded requests of an agent, with short replies, and yields the events of each."""
     for request in json.loads((RECORDED / f"{name}.json").read_text()):
         body = dict(request["body"])
         body["max_output_tokens" if name == "codex" else "max_tokens"] = 16
@@ -65,7 +66,7 @@ def test_codex(server):
         assert last["type"] in ("response.completed", "response.incomplete")
         assert set(last["response"]["edgemoe"]["ignored"]) == REPORTED["codex"]
     before, after = (e["response"]["usage"] for e in (first, second))
-    # What the first prompt had is there for the second, up to how a template begins a reply.
+    # The second prompt reuses the first one, up to where the template opens the reply.
     assert after["input_tokens_details"]["cached_tokens"] >= before["input_tokens"] - 32
 
 
@@ -79,7 +80,7 @@ def test_claude(server):
     first, second = usages
     whole = first["input_tokens"] + first["cache_read_input_tokens"]
     assert second["cache_read_input_tokens"] >= whole - 32
-    # What changes with each request in front of the prompt is left out, or nothing would be kept.
+    # The header that changes with each request is left out of the prompt, or nothing could be reused.
     request = json.loads((RECORDED / "claude.json").read_text())[1]
     body = {**request["body"], "max_tokens": 2}
     assert body["system"][0]["text"].startswith("x-anthropic-billing-header:")
@@ -95,7 +96,7 @@ def test_opencode(server):
         assert events[-2]["edgemoe"]["ignored"] == []
     before, after = (events[-1]["usage"] for events in (first, second))
     assert after["prompt_tokens_details"]["cached_tokens"] >= before["prompt_tokens"] - 32
-    # The title's prompt in between does not cost the conversation its place.
+    # The request for a title in between does not evict the conversation.
     requests = json.loads((RECORDED / "opencode.json").read_text())
     for request in (requests[0], requests[2]):
         usage = sent(server, request["path"], {**request["body"], "max_tokens": 2})[-1]["usage"]

@@ -33,7 +33,7 @@ HOSTILE = """<script>window.hurt = 1</script> <img src="https://evil.test/x.png"
 
 @pytest.fixture(scope="module")
 def slow(tiny_moe):
-    """A server with memory for some of the experts, that takes its time and never ends by itself."""
+    """A slow server with memory for half of the experts, whose replies never end by themselves."""
     chromium()
     opened = open_model(tiny_moe, EngineOptions())
     half = {"slots": opened.model.budget.experts // 2}
@@ -63,7 +63,7 @@ def page(chrome, slow):
 
 
 def until(page, what):
-    """Waits for what holds on the page; a function, as the policy forbids to evaluate texts."""
+    """Waits until an expression holds on the page. It is passed as a function, as the page's policy forbids eval."""
     page.wait_for_function(f"() => {what}")
 
 
@@ -73,7 +73,7 @@ def ask(page, text="Say it."):
 
 
 def done(page, count):
-    """Waits until so many replies are whole."""
+    """Waits until so many replies are complete."""
     page.wait_for_function(
         "n => document.querySelectorAll('.turn.assistant .figures, .turn.assistant .error').length === n",
         arg=count,
@@ -122,7 +122,7 @@ def test_edit_and_regenerate_go_on_from_any_turn(page, slow):
     page.get_by_role("button", name="Regenerate").first.click()
     done(page, 1)
     assert page.locator(".turn").count() == 2
-    assert page.locator(".turn.assistant .content").inner_text() == first  # the same seed
+    assert page.locator(".turn.assistant .content").inner_text() == first  # it has the same seed
     kept = int(page.locator(".figures").inner_text().partition(" kept")[0].rpartition(" ")[2])
     assert kept > 0
     page.get_by_role("button", name="Edit").click()
@@ -308,7 +308,7 @@ def test_the_slider_changes_the_bits(page, slow):
 
 def test_who_was_waited_for_is_red(page, slow):
     ask(page)
-    # Half of the experts fit, so that some are wanted that are not there: the page sees them while it answers.
+    # Only half of the experts fit, so that some are missing when wanted: the page shows them while it answers.
     page.wait_for_function(
         """() => {
             const canvas = document.querySelector("#map canvas"), pen = canvas.getContext("2d");
@@ -332,7 +332,7 @@ def test_what_levels_cost_stands_beside_the_slider(chrome, tiny_moe, tmp_path, m
         assert "8 bits" in page.locator("#settings tr.chosen").inner_text()
         slider = page.get_by_label("Bits of experts")
         slider.focus()
-        page.keyboard.press("End")  # behind the levels, each expert its own
+        page.keyboard.press("End")  # after the levels: bits per expert
         until(page, "document.querySelector('#model').textContent.includes('auto, at most 4 bits')")
         assert server.service.model.options.bits == "auto"
         page.keyboard.press("Home")
@@ -398,7 +398,7 @@ def test_every_part_fits_in_both_themes(chrome, slow, width, theme):
 
 
 def check_axe(page):
-    """Runs axe-core where there is one (scripts/page gets it)."""
+    """Runs axe-core if it is installed (scripts/page fetches it)."""
     if "EDGEMOE_AXE" not in os.environ:
         return
     page.evaluate(Path(os.environ["EDGEMOE_AXE"]).read_text() + "; undefined")

@@ -1,4 +1,4 @@
-"""Forms and calls of a model that writes in channels, as gpt-oss does: from one that knows nothing of them."""
+"""Forms and tool calls in the channels of gpt-oss, from a random model that knows nothing of them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ IDS = {mark: 256 + i for i, mark in enumerate(CHANNEL_MARKS)}
 BYTES = {char: i for i, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
 OFTEN = {**dict.fromkeys(IDS.values(), 6), IDS["<|end|>"]: 8, BYTES["a"]: 6}
 MARKED = {str(i): bias for i, bias in OFTEN.items()}
-"""Marks come as often as they may, analysis too, and the end of reasoning soon."""
+"""A logit bias with which channel marks come wherever they may, analysis too, and reasoning ends soon."""
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ def test_reasoning_can_be_switched_off(server, form):
 
 
 def test_reasoning_is_bounded(server):
-    """The word that ends it never comes by itself; the budget is Anthropic's way to say it."""
+    """The model never ends reasoning by itself; the limit is set by Anthropic's budget_tokens."""
     body = {
         "messages": ASK, "max_tokens": 200, "thinking": {"type": "enabled", "budget_tokens": 12},
         "temperature": 1,
@@ -108,7 +108,7 @@ def test_a_call_that_must_come_comes_after_free_reasoning(server):
 
 def test_a_call_of_its_own_is_whole(server):
     ends, bias = set(), {**MARKED, str(IDS["<|message|>"]): 0}
-    bias |= {str(BYTES["c"]): 3, str(BYTES["Ġ"]): 4}  # commentary, and to whom
+    bias |= {str(BYTES["c"]): 3, str(BYTES["Ġ"]): 4}  # commentary, and a recipient
     for seed in range(12):
         choice, _ = chat(server, seed=seed, tools=TOOLS, logit_bias=bias)
         ends.add(choice["finish_reason"])

@@ -1,4 +1,4 @@
-"""Replies that have to be of a form, calls of tools, and reasoning: from a model that knows none of it."""
+"""Replies of a prescribed form, tool calls, and reasoning, from a random model that knows nothing of them."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ CHAT_TOOLS = [{"type": "function", "function": tool} for tool in TOOLS]
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    """One whose context holds tools that are written letter by letter."""
+    """A server whose context is long enough for tools that are written byte by byte."""
     checkpoint = tiny_checkpoint()
     checkpoint.config["max_position_embeddings"] = 4096
     path = tmp_path_factory.mktemp("roomy") / "roomy.moe"

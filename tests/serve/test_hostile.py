@@ -1,4 +1,4 @@
-"""Clients that dawdle, come in crowds or never end, and a disk that is full: nobody else notices."""
+"""Clients that are slow, many or endless, and a full disk, do not disturb other clients."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def head(length, path="/v1/chat/completions"):
 
 
 def answer(raw):
-    """Returns an answer's head and body; nothing where the connection ends."""
+    """Returns an answer's head and body; empty if the connection ends."""
     text = b""
     while b"\r\n\r\n" not in text:
         try:
@@ -82,7 +82,7 @@ def test_a_body_that_does_not_come_is_not_waited_for(server, monkeypatch):
 
 
 def test_who_does_not_read_holds_up_nobody(server):
-    """The reply is longer than the socket's buffers hold, and is whole when it is read at last."""
+    """The reply is longer than the socket's buffers, and complete when it is finally read."""
     body = json.dumps({
         **ASK, "max_tokens": 400, "ignore_eos": True, "stream": True, "logprobs": True, "top_logprobs": 20,
         "n": 2, "seed": 1,
@@ -157,7 +157,7 @@ def test_other_machines_have_so_many_connections_each(tiny_moe):
 
 
 def test_a_disk_that_is_full_costs_prefixes_alone(tiny_moe, tmp_path):
-    """A limit of the process stands for it: the kernel refuses what is beyond."""
+    """A limit on file size stands in for a full disk: the kernel refuses to write beyond it."""
     flags = (
         "--port",
         "0",

@@ -1,4 +1,4 @@
-"""What llama.cpp's clients ask for beyond OpenAI's: sequences by hand, progress, timings."""
+"""What llama.cpp's clients use beyond OpenAI's API: choosing sequences, progress, timings."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def test_progress_and_timings_come_with_a_stream(server, path):
 
 
 def test_experts_leave_memory_when_nobody_asks(tiny_moe):
-    """What conversations hold stays, and replies are the same."""
+    """The states of conversations stay, and replies are the same."""
     with running(tiny_moe) as server:
         _, right = cached(server)
         store = server.opened.model.store

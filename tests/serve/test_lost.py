@@ -1,4 +1,4 @@
-"""A device that is lost while it serves: whoever waits is told, and the server ends with 1."""
+"""If a device is lost while serving, waiting clients get an error, and the server exits with 1."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def test_a_device_that_is_lost_ends_the_server(tiny_moe, caplog):
             try:
                 answer = server.post("/v1/chat/completions", BODY)
             except httpx.TransportError:
-                pass  # the server was faster than its answer
+                pass  # the server ended before it could answer
             else:
                 assert answer.status_code == 500
                 assert "cuda:0 is lost" in answer.text

@@ -10,7 +10,7 @@ import pytest
 import edgemoe
 
 ASK = [{"role": "user", "content": "Say it."}]
-COLD = {"temperature": 0}  # the newest client has no argument for it
+COLD = {"temperature": 0}  # the newest client has no such argument
 CHATML = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nSay it.<|im_end|>\n<|im_start|>assistant\n"
 
 
@@ -22,7 +22,7 @@ def client(server):
 
 @pytest.fixture(scope="module")
 def text(tiny_moe):
-    """The engine's own reply, 40 tokens with seed -1 and no chance."""
+    """The engine's own greedy reply of 40 tokens, and the length of its prompt."""
     with edgemoe.load(tiny_moe) as engine:
         ids = engine.tokenizer.encode(CHATML, add_special=False)
         params = replace(engine.sampling, temperature=0, max_tokens=40)

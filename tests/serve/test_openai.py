@@ -1,4 +1,4 @@
-"""OpenAI's own client against the server, and what it must say of requests that are wrong."""
+"""OpenAI's own client against the server, and the server's errors for wrong requests."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def engine(tiny_moe):
 
 
 def alone(engine, prompt, **how):
-    """The reply to a text on an engine of its own."""
+    """Returns the reply that an engine alone gives to a text."""
     ids = engine.tokenizer.encode(prompt, add_special=False)
     params = replace(engine.sampling, **how)
     tokens = list(engine.generate(ids, params))
@@ -218,7 +218,7 @@ def test_models_and_the_rest_are_told(client, server):
     assert model.meta["n_ctx"] == 512
     checkpoint = tiny_checkpoint()
     assert model.meta["n_params"] == sum(t.size for t in checkpoint._tensors.values())
-    assert httpx.head(server.url).status_code == 200  # which some ask first
+    assert httpx.head(server.url).status_code == 200  # some clients ask this first
     assert server.get("/health").json() == {"status": "ok"}
     assert server.get("/props").json()["total_slots"] == 4
     assert len(server.get("/slots").json()) == 4

@@ -1,4 +1,4 @@
-"""The page without a browser: its files, who may have them, and what viewers are told."""
+"""The page without a browser: its files, who may fetch them, and the events that viewers get."""
 
 from __future__ import annotations
 
@@ -31,7 +31,10 @@ def chat(**more):
 
 
 def told(server, count=1, asks=False):
-    """The first events of a viewer; with `asks` those until a reply that was asked for after the first is all told."""
+    """Returns the first `count` events of a viewer.
+
+    With `asks`, a reply is requested after the first event, and events are returned until all of it is reported.
+    """
     found, made = [], -1
     with httpx.stream("GET", server.url + "/events", timeout=20) as stream:
         assert stream.headers["content-type"].startswith("text/event-stream")
@@ -160,7 +163,7 @@ def test_a_viewer_is_told_what_is_in_memory(server):
     level_bits = np.array([0, *store.level_bits])
     np.testing.assert_array_equal(bits, level_bits[store.residency.reshape(-1)])
     assert has_run.any()
-    assert (bits[has_run] > 0).all()  # what ran is there, as all fits
+    assert (bits[has_run] > 0).all()  # what ran is in memory, as all fit
 
 
 def test_reads_and_runs_are_counted(tiny_moe):
@@ -196,7 +199,7 @@ def test_the_shelf_has_what_was_measured_and_the_other_models(
         told = server.get("/shelf").json()
         assert told["has_allocation"]
         assert told["measured_on"] == "text: a novel"
-        assert set(told["quality"]) == {"2", "4", "8"}  # those with the settings of now
+        assert set(told["quality"]) == {"2", "4", "8"}  # measured with the present settings
         assert told["quality"]["8"] == {"is_reference": True}
         assert told["quality"]["4"]["change"] == pytest.approx(0.01005, abs=1e-5)
         other, rubbish = told["models"]
@@ -207,7 +210,7 @@ def test_the_shelf_has_what_was_measured_and_the_other_models(
         )
         assert rubbish["name"] == "rubbish"
         assert "truncated" in rubbish["broken"] or "magic" in rubbish["broken"]
-        # Each expert its own bits, and back.
+        # Switches to bits per expert, and back.
         assert server.service.model.options.bits == "auto"
         now = server.post("/settings", {"bits": 2}).json()
         assert (now["set"]["bits"], now["set"]["is_auto"]) == (2, False)
@@ -218,7 +221,7 @@ def test_the_shelf_has_what_was_measured_and_the_other_models(
 
 
 def test_sections_of_other_models_are_not_read_beside_the_budget(tiny_moe, tmp_path, monkeypatch):
-    """Nor those of its own that say nothing of quality; what it says is the same."""
+    """Nor are sections of its own model that have nothing to do with quality; the events are the same."""
     folder = tmp_path / "models"
     folder.mkdir()
     monkeypatch.setenv("EDGEMOE_MODELS", str(folder))
@@ -228,7 +231,7 @@ def test_sections_of_other_models_are_not_read_beside_the_budget(tiny_moe, tmp_p
         add_sections(path, {"large": bytes(24 << 20), "quality": b"{}"})
     with running(tmp_path / "own.moe") as server:
         shelf = Shelf(server.service.model)
-        shelf._told()  # what is imported then
+        shelf._told()  # so that imports are not measured
         tracemalloc.start()
         try:
             (told,) = shelf._told()["models"]

@@ -1,4 +1,4 @@
-"""Reasoning and calls of a model that has tokens of its own for them."""
+"""Reasoning and tool calls of a model that has tokens of its own for them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TOOLS = [{"type": "function", "function": {"name": "look", "parameters": {
     "type": "object", "properties": {"at": {"enum": ["sky", "sea"]}}, "required": ["at"],
     "additionalProperties": False}}}]  # fmt: skip
 OPEN, CLOSE, CALL, CALLED = 259, 260, 261, 262
-NEVER = {str(OPEN): -1000, str(CLOSE): -1000, str(CALL): -1000}  # by chance
+NEVER = {str(OPEN): -1000, str(CLOSE): -1000, str(CALL): -1000}  # these never come by chance
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,7 @@ def test_the_other_dialects_have_it_apart(client, server):
 
 
 def test_a_call_that_the_model_begins_by_itself_is_whole(client):
-    """The word that opens a call comes by chance here; from there on a grammar holds."""
+    """The token that opens a call comes by chance here; from then on a grammar constrains the reply."""
     bias = {**NEVER, str(CALL): 30}
     for seed in range(3):
         done = chat(

@@ -1,4 +1,4 @@
-"""OpenAI's newer dialect, by its own client."""
+"""OpenAI's Responses API, by OpenAI's own client."""
 
 from __future__ import annotations
 

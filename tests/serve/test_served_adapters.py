@@ -1,4 +1,4 @@
-"""One server for a model and its adapters: each request says which, and gets what the fine-tune alone would say."""
+"""One server for a model and its adapters: each request names one, and gets the reply of that fine-tune alone."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def files(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def expected(files):
-    """What each says alone, and the sum of its last logits."""
+    """The reply of each fine-tune alone, and the hash of its last logits."""
     out = {}
     for name, file in zip(NAMES, ("base", "law", "care"), strict=True):
         with edgemoe.load(files / f"{file}.moe", ram="64MiB") as engine:
@@ -66,7 +66,7 @@ def said(client, name, **more):
 
 
 def test_a_fingerprint_is_of_all_weights(files, tmp_path):
-    """Also of those that are no experts'."""
+    """Dense weights count too."""
     base, found = open_moe(files / "base.moe"), []
     for seed in (1, 1, 2):
         convert_adapter(tune((), DENSE[:1], seed=seed), tmp_path / "x.moea", base)
@@ -101,7 +101,7 @@ def test_prefixes_are_kept_for_each(server, expected):
 
 
 def test_one_sequence_serves_them_in_turn(files, expected, tmp_path):
-    """Each request takes the sequence of another; what it held is kept in memory, then on disk, and comes back."""
+    """Each request takes over the sequence of another, whose state is kept in memory, then on disk, and comes back."""
     given = {"law": files / "law.moea", "care": files / "care.moea"}
     for pool_bytes in (0, 1 << 20):
         with running(

@@ -1,4 +1,4 @@
-"""Models whose layers keep more than keys and values are served as they answer alone: whole, streamed, two at once."""
+"""Models with more than keys and values as state give the replies they give alone: whole, streamed, two at once."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def streamed(server, text):
 
 
 def until_both_wait(server):
-    """Runs between two passes, so that the next one has both."""
+    """Waits, between two passes, until both requests wait, so that the next pass has both."""
     end = time.monotonic() + 20
     while server.service.batcher.waiting < 2:
         assert time.monotonic() < end

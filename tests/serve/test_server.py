@@ -1,4 +1,4 @@
-"""Who may ask, who leaves, what fails, and how a server ends."""
+"""The server itself: whom it answers, clients that leave, failures, and how it ends."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_other_machines_need_a_key():
         Settings(host="0.0.0.0")
     for more in ({"keys": ("k",)}, {"no_auth": True}):
         settings = Settings(host="0.0.0.0", **more)
-        assert settings.takes_host("10.0.0.3:8080")  # an address, which nobody's DNS can move
+        assert settings.takes_host("10.0.0.3:8080")  # an address cannot be rebound by DNS
         assert not settings.takes_host("evil.com:8080")
 
 
@@ -124,7 +124,7 @@ def test_a_body_is_not_taken_without_end(server):
         raw.sendall(
             b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99999999999\r\n\r\n"
         )
-        assert raw.recv(100).startswith(b"HTTP/1.1 413 ")  # before any of it came
+        assert raw.recv(100).startswith(b"HTTP/1.1 413 ")  # before any of the body came
 
 
 def test_a_long_name_is_not_said_back_in_full(server):
@@ -155,7 +155,7 @@ def test_half_and_broken_requests_harm_nobody(server, head):
 
 
 def expected(path, bodies):
-    """What each chat gets from an engine alone."""
+    """Returns the replies that an engine alone gives to some chats."""
     with edgemoe.load(path) as engine:
         texts = []
         for body in bodies:
@@ -206,7 +206,7 @@ def test_replies_are_right_whoever_else_asks_and_leaves(tiny_moe, server):
         assert text in (None, right)
     server.settle()
     assert not any(slot["is_processing"] for slot in server.get("/slots").json())
-    assert threading.active_count() <= threads + 8  # helpers that read requests stay
+    assert threading.active_count() <= threads + 8  # threads that read requests stay
 
 
 def test_two_users_in_turns_keep_their_prefixes(server):
@@ -274,7 +274,7 @@ def test_a_failed_read_is_one_failed_request(tmp_path, caplog):
         assert done.status_code == 500
         message = done.json()["error"]["message"]
         assert str(path) in message
-        assert f"a request failed: {message}" in caplog.text  # who keeps the server learns it too
+        assert f"a request failed: {message}" in caplog.text  # the log has it too
         stream = server.post("/v1/chat/completions", chat(max_tokens=4, seed=1, stream=True))
         last = [line for line in stream.text.splitlines() if line.startswith("data:")][-1]
         assert json.loads(last[5:])["error"]["type"] == "server_error"
@@ -320,7 +320,7 @@ def test_the_program_serves_and_ends_when_told(tiny_moe):
             next(lines)
             process.send_signal(signal.SIGTERM)
             text = "\n".join(lines)
-        assert '"finish_reason":"length"' in text  # what runs may end
+        assert '"finish_reason":"length"' in text  # running requests may finish
         assert process.wait(15) == 0
     finally:
         process.kill()
@@ -385,7 +385,7 @@ def test_who_comes_while_the_model_loads_is_told(tiny_moe):
         url = f"http://127.0.0.1:{door.getsockname()[1]}"
         health = httpx.get(f"{url}/health")
         error = {"code": 503, "message": "Loading model", "type": "unavailable_error"}
-        said = {"status": "loading model", "error": error}  # llama.cpp's, of before and of today
+        said = {"status": "loading model", "error": error}  # in llama.cpp's old and new form
         assert (health.status_code, health.json()) == (503, said)
         shares: list[float] = []
         open_model(tiny_moe, EngineOptions(), told=shares.append)
@@ -401,8 +401,6 @@ def test_who_comes_while_the_model_loads_is_told(tiny_moe):
         assert httpx.post(f"{url}/v1/chat/completions", json=chat()).json()["error"]["message"]
         assert httpx.get(f"{url}/health", headers={"Host": "evil.com"}).status_code == 403
         loading.close()
-        with socket.create_connection(
-            door.getsockname()
-        ):  # who comes now is not refused, but waits
+        with socket.create_connection(door.getsockname()):  # now clients wait, and are not refused
             taken, _ = door.accept()
             taken.close()

@@ -1,4 +1,4 @@
-"""Bodies with any one thing in them wrong: an answer, or a refusal that names the field. Never a failure."""
+"""Request bodies with one wrong value are answered, or refused with an error that names the field; nothing fails."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WRONG = [
 
 
 def places(value, at=()):
-    """Yields where all parts of a body are."""
+    """Yields the path of keys to every part of a body."""
     yield at
     if isinstance(value, (dict, list)):
         for key, item in value.items() if isinstance(value, dict) else enumerate(value):
@@ -49,7 +49,7 @@ def changed(body, at, value):
 def test_whatever_is_wrong_is_refused_by_name(server, read, body):
     refused = 0
     for i, at in enumerate(places(body)):
-        for value in WRONG[i % 4 :: 4]:  # each place gets some of them, each of them many places
+        for value in WRONG[i % 4 :: 4]:  # a quarter of the values at each place
             wrong = changed(body, at, value)
             try:
                 read(server.service, json.dumps(wrong).encode())

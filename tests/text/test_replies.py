@@ -1,4 +1,4 @@
-"""Replies of each family are taken apart, however they are cut."""
+"""Replies of each family are parsed correctly, however they are split into pieces."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ BY_NAME = {form.name: form for form in FORMATS}
 PARIS = {"city": "Paris", "days": 3}
 CALL = json.dumps({"name": "get_weather", "arguments": PARIS})
 
-# What models of each family write, as their documentation and templates show it.
+# Replies of each family, after its documentation and templates.
 REPLIES = [
     ("tagged", f"<think>\nLet me see.\n</think>\n\nI look.\n<tool_call>\n{CALL}\n</tool_call>",
      "Let me see.", "I look.", [PARIS]),
@@ -63,12 +63,12 @@ REPLIES = [
 
 
 def taken(form, pieces, schemas=SCHEMAS, *, is_reasoning=False):
-    """Returns reasoning, content and calls."""
+    """Returns the reasoning, content and calls of a reply."""
     return taken_by(parser(form, schemas, is_reasoning=is_reasoning), pieces)
 
 
 def taken_by(machine, pieces):
-    """Returns what a parser makes of pieces of a reply."""
+    """Returns what a parser gives for the pieces of a reply."""
     events = [event for piece in pieces for event in machine.push(piece)] + machine.flush()
     texts = {
         kind: "".join(e.text for e in events if isinstance(e, Piece) and e.kind == kind)

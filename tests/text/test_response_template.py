@@ -1,4 +1,4 @@
-"""A model's own template reads its replies as transformers does, however they are cut, and never fails."""
+"""A model's own template parses its replies as transformers does, however they are split, and never fails."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ CALLS = [
 
 
 def read_by(reader, text):
-    """Returns what a reader makes of a text, None where it is none for it."""
+    """Returns the value that a reader gives for a text, or None if it refuses the text."""
     try:
         return reader(text)
     except ValueError:

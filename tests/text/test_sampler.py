@@ -22,7 +22,7 @@ from edgemoe.text.sampler import Sampler, SamplingParams
 def reference(
     logits: np.ndarray, history: Sequence[int], p: SamplingParams
 ) -> list[tuple[int, float]]:
-    """Returns (token, probability), most likely first, after all filters in their order."""
+    """Returns (token, probability) pairs after all filters in order, most likely first."""
     values = [float(v) for v in logits]
     recent = list(history) if p.repeat_last_n == -1 else list(history)[::-1][: p.repeat_last_n]
     for token, count in Counter(recent).items():
@@ -71,7 +71,7 @@ def draw(logits: np.ndarray, history: Sequence[int], p: SamplingParams, at: floa
 
 
 def logits_of(size: int, seed: int = 0, scale: float = 3.0) -> np.ndarray:
-    # Not on a grid, so that no two thresholds of the two versions can fall apart by rounding.
+    # Not on a grid, so that rounding cannot make the two versions differ at a threshold.
     return (np.random.default_rng(seed).standard_normal(size) * scale).astype(np.float32)
 
 
@@ -107,7 +107,7 @@ def test_it_equals_the_reference(
     for token, chance in expected[:5]:
         if chance > 1e-6:
             middle = edge + chance / 2
-            # Without top_p the filters keep no order: an inverse of the distribution is one too.
+            # Without top_p or top_k tokens are not sorted, and a random number may then draw another token.
             if params.top_p < 1 or 0 < params.top_k < size:
                 assert draw(logits, history, params, middle) == token
         edge += chance
@@ -239,7 +239,7 @@ def test_the_largest_penalties_keep_logits_finite() -> None:
         SamplingParams(repeat_penalty=1e-39)
 
 
-# --- what is never taken, beside transformers' own processors
+# --- tokens that are never sampled, compared with transformers' own processors
 
 
 @settings(deadline=None, max_examples=200)

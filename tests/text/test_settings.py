@@ -1,4 +1,4 @@
-"""A model's settings for sampling are honoured, or named."""
+"""A model's own sampling settings are honoured, or named if they are not."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_what_is_not_honoured_is_named(said: Any, expected: dict[str, Any], note
 
 
 def test_every_setting_of_transformers_is_honoured_named_or_without_effect() -> None:
-    """What a default configuration has says nothing; anything else of it does something or is named."""
+    """Values of a default configuration are ignored; any other value has an effect or is named."""
     config = GenerationConfig()
     fields = {name: value for name, value in config.to_dict().items() if not name.startswith("_")}
     assert len(fields) > 40

@@ -1,4 +1,4 @@
-"""Stop texts stop a reply whatever tokens they are made of, and nothing of them is shown."""
+"""Stop texts end a reply whatever tokens they consist of, and no part of them is shown."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Chat templates render as transformers renders them, and can take neither the machine's time nor its memory."""
+"""Chat templates render as in transformers, and can exhaust neither the machine's time nor its memory."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ CHATS: list[list[dict[str, Any]]] = [
 
 
 def outcome(render: Any) -> tuple[str, str]:
-    """Returns what is rendered, or the words with which that is refused."""
+    """Returns the rendered text, or the message with which rendering is refused."""
     try:
         return "text", render()
     except Exception as error:
@@ -236,12 +236,12 @@ def test_any_template_renders_as_in_jinja(body: str) -> None:
     try:
         theirs = _compile_jinja_template(source)
     except Exception:
-        return  # what does not parse is the next test's
+        return  # the next test is for templates that do not parse
     expected = outcome(lambda: theirs.render(messages=chat, tools=None, documents=None,
                                              add_generation_prompt=True, **values))  # fmt: skip
     got = outcome(lambda: ChatTemplate({"default": source}, {}).render(chat, **values))
     if expected[0] == "text" and (" at 0x" in expected[1] or "<namespace" in expected[1].lower()):
-        return  # Python's own words for an object
+        return  # has Python's repr of an object
     assert got[0] == expected[0], (got, expected)
     if got[0] == "text":
         assert got == expected
@@ -287,7 +287,7 @@ def test_names_mean_what_they_do_in_jinja(body: str) -> None:
 
 FOR, SOME, END = "{% for i in range(99999) %}", "{% for i in range(99) %}", "{% endfor %}"
 LARGE = {
-    # Values that would be large, refused before they are made.
+    # Single values that would be large, refused before they are made.
     "a format": "{% set x = '{:500000000}'.format(1) %}",
     "a format by name": "{{ '{a:500000000}'.format_map({'a': 1}) }}",
     "a nested format": "{{ '{:{}}'.format(1, 500000000) }}",
@@ -342,7 +342,7 @@ LARGE = {
     "a namespace in itself": "{% set ns = namespace() %}{% set ns.a = [ns] * 1000 %}{{ [ns] * 3000 }}",
     "a range of more": "{% for i in range(10 ** 9) %}" + END,
     "lipsum": "{{ lipsum(n=100000) }}",
-    # Many values, each small enough.
+    # Many values, each of them small enough.
     "many texts": "{% set ns = namespace(a=[]) %}" + SOME + "{% set ns.a = [ns.a, 'a' * 100000 ~ i] %}" + END,
     "many namespaces": "{% set ns = namespace() %}" + FOR + "{% set ns.a = namespace(b=ns.a) %}" + END,
     "many pieces of text": FOR + "a" * 1000 + END,

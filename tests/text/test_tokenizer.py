@@ -191,7 +191,7 @@ def streamed(tokenizer: Tokenizer, ids: list[int], **options: bool) -> str:
     stream = tokenizer.stream(**options)
     pieces = [*map(stream.push, ids), stream.flush()]
     for piece in pieces:
-        piece.encode()  # no half of a surrogate pair
+        piece.encode()  # fails for half of a surrogate pair
     return "".join(pieces)
 
 
@@ -274,7 +274,7 @@ def test_a_continued_text_keeps_its_first_space() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_stream_takes_linear_time(kind: str) -> None:
-    # Bytes that never become a character are the worst case of decoders that look back.
+    # Bytes that never become a character are the worst case for decoders that look back.
     tokenizer = Tokenizer.from_files(files_of(kind))
     stream = tokenizer.stream()
     start = time.process_time()
@@ -306,7 +306,7 @@ def test_a_value_of_none_is_no_value(tmp_path: Path) -> None:
     files = files_of("byte_level", chat_template="{{ messages[0].name is defined }}")
     messages = [{"role": "user", "content": "a", "name": None}]
     assert Tokenizer.from_files(files).render_chat(messages) == "False"
-    # 5.20, the last for Python 3.10, had "True".
+    # transformers 5.20, the last for Python 3.10, gave "True".
     if Version(transformers.__version__) >= Version("5.23"):
         theirs = oracle(tmp_path, files)
         assert theirs.apply_chat_template(messages, tokenize=False) == "False"
