@@ -1,4 +1,4 @@
-"""A model with an adapter is the fine-tune, bit for bit: alone, in turns, and several in one pass."""
+"""A model with an adapter computes what the fine-tune computes, bit for bit: alone, in turns, and several in a pass."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ OTHERS = ("0.mlp.experts.3", "0.mlp.experts.7", "1.mlp.experts.2")
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Files by name: "base", and each fine-tune whole and as an adapter; one has other dense weights too."""
+    """Files by name: the base, and each fine-tune whole and as an adapter. One also has other dense weights."""
     folder = tmp_path_factory.mktemp("adapters")
     convert(tiny_checkpoint(), folder / "base.moe")
     base = open_moe(folder / "base.moe")
@@ -43,7 +43,7 @@ def files(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def expected(files):
-    """The logits of each, by name."""
+    """By name, the logits of the base and of each whole fine-tune."""
     return {name: alone(files[f"{name}.moe"]) for name in ("base", "law", "care")}
 
 
@@ -105,7 +105,7 @@ def test_switching_reads_only_what_is_not_shared(files):
         after, each = engine.model.store.stats, engine.model.store.cache.slot_bytes(5)
     assert counted["evictions"] == after["evictions"] == 0
     read = after["bytes_read"] - counted["bytes_read"]
-    # Three experts, and the ones that only the fine-tune's routing wants.
+    # The adapter's three experts, and those that only the fine-tune's routing chooses.
     assert 3 * each <= read < 6 * each
 
 
@@ -147,7 +147,7 @@ def test_with_another_number_of_experts(files):
 
 
 def test_a_models_own_allocation_holds_for_adapters_and_after_a_change(files, tmp_path):
-    """An adapter's expert has the bits of the one in whose place it is, also when something else is changed."""
+    """An adapter's expert has the bits of the expert it replaces, also after another setting is changed."""
     base, law = (tmp_path / files[name].name for name in ("base.moe", "law.moe"))
     for path in (base, law):
         path.write_bytes(files[path.name].read_bytes())
@@ -178,9 +178,8 @@ def test_biases_of_experts(tmp_path):
 
     def tensor(name):
         values = real(name)
-        if name.endswith(
-            "layers.1.mlp.experts.down_proj_bias"
-        ):  # the matrices of this expert are the base's
+        # Only a bias of expert 2 differs: its matrices are those of the base.
+        if name.endswith("layers.1.mlp.experts.down_proj_bias"):
             values = values.copy()
             values[2] += 0.5
         return values
@@ -217,7 +216,7 @@ def test_with_a_calibration_and_corrections(tmp_path):
 
 
 def test_the_command_line(files, capsys):
-    """The sum of the last logits is that of the fine-tune; the chat's command says which there are."""
+    """The hash of the last logits is that of the fine-tune; the chat's command lists the adapters."""
 
     def run(model, *flags):
         assert (
@@ -258,7 +257,7 @@ def test_an_adapter_is_measured_as_the_fine_tune_is(files, capsys, tmp_path):
         said = capsys.readouterr().out
         report = json.loads(out.read_text() if command == "quality" else said)
         for row in report.get("rows", ()):
-            row.pop("slots_bytes", None)  # an adapter's experts have some of their own
+            row.pop("slots_bytes", None)  # an adapter's experts need slots too
         return report
 
     model, adapter, tuned = files["base.moe"], str(files["law.moea"]), files["law.moe"]
@@ -280,7 +279,7 @@ def test_an_adapter_is_measured_as_the_fine_tune_is(files, capsys, tmp_path):
     )
     measured = rows("bench", model, "--adapter", adapter, "-p", "8", "-n", "2", "-r", "1")
     assert measured["adapter"] == "law"
-    assert [r["hit_rate"] for r in measured["results"]] == [1, 1]  # all were there before
+    assert [r["hit_rate"] for r in measured["results"]] == [1, 1]  # all were in memory before
     for flags, message in (
         (["--store"], "--store: keeps what was measured of the model alone"),
         (["--adapter", adapter], "--adapter: expected one, which is measured, got 2"),
@@ -295,7 +294,7 @@ def test_what_adapters_take_is_counted(files):
     with edgemoe.load(files["base.moe"], ram="64MiB", adapters=files["law.moea"]) as engine:
         budget, each = engine.budget, engine.model.store.cache.slot_bytes(5)
         assert budget.experts == before.experts + 3 * each
-        # Two layers of one place and two, which both have: what caches keep of each place.
+        # Both layers have as many places as the larger one, two: what the cache keeps for each.
         assert 2 * 2 * 100 <= budget.dense - before.dense <= 2 * 2 * 200
     with edgemoe.load(files["base.moe"], ram="64MiB", adapters=files["care.moea"]) as engine:
         adapter = engine.model.adapters.files[0]

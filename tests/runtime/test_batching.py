@@ -1,4 +1,4 @@
-"""Requests of many run together, and each has the reply that it has alone."""
+"""Requests that run together have the replies that they have alone."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ PARAMS = [
 
 
 class Asked:
-    """Is a request and what came of it."""
+    """A request and its outcome."""
 
     def __init__(self, ids, params, *, most=None, **more):
         self.tokens, self.said, self.outcome = [], [], None
@@ -69,7 +69,7 @@ def run(batcher, *asked):
 
 @pytest.fixture(scope="module")
 def alone(tiny_moe):
-    """What each prompt gets from an engine of its own."""
+    """The replies that an engine alone gives to each prompt."""
     found = []
     for ids, params in zip(PROMPTS, PARAMS, strict=True):
         with edgemoe.load(tiny_moe) as engine:
@@ -90,7 +90,7 @@ def test_every_reply_is_the_one_that_it_is_alone(tiny_moe, alone, monkeypatch, s
         assert outcome.reason == "length"
         assert outcome.error is None
         assert outcome.figures.new_tokens == params.max_tokens
-        if params.max_tokens:  # an engine counts no logits that it does not sample from
+        if params.max_tokens:  # an engine does not hash logits that it does not sample from
             assert outcome.figures.logits_hash == logits_hash
     assert max(one.outcome.figures.beside for one in asked) == min(sequences, 5) - 1
     model.store.cache.check_integrity()
@@ -147,7 +147,7 @@ def test_who_leaves_is_not_computed_for(tiny_moe, alone, monkeypatch):
     assert stays.tokens == alone[1][0]
     assert [leaves.outcome.reason, waits.outcome.reason] == ["cancelled"] * 2
     assert leaves.tokens == waits.tokens == []
-    again = Asked(PROMPTS[3], PARAMS[3])  # what was computed by then is kept
+    again = Asked(PROMPTS[3], PARAMS[3])  # what it had computed is kept
     run(batcher, again)
     assert again.tokens == alone[3][0]
     assert again.outcome.figures.cached_tokens >= 15
@@ -221,7 +221,7 @@ def test_log_probabilities_are_those_of_the_logits(tiny_moe):
 
 
 class Only:
-    """Allows one token after the other."""
+    """A constraint that allows a single token at each step."""
 
     def __init__(self, tokens, size):
         self.tokens, self.size, self.at = tokens, size, 0

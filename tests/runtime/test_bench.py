@@ -1,4 +1,4 @@
-"""`edgemoe bench`: which tests it runs, at which depths, and how it says so."""
+"""`edgemoe bench`: which tests it runs, at which depths, and what it prints."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from edgemoe.store import disk_rate, expert_bytes
 
 @pytest.fixture
 def no_roof(monkeypatch):
-    """Spares a test the measuring of memory and disk."""
+    """Skips the measurement of memory and disk."""
     monkeypatch.setattr(edgemoe.runtime.bench, "roof", lambda *_, **__: Roof(memory=1e9, disk=1e9))
 
 
@@ -35,7 +35,7 @@ def test_every_test_is_run_at_every_depth(tiny_moe):
         ]  # fmt: skip
         assert all(len(r.rates) == 2 and min(r.rates) > 0 for r in results)
         shallow, deep = results[2].used_per_token, results[5].used_per_token
-        # Two layers, two heads, 24 values stored as 32 float16, keys and values.
+        # Keys and values of two layers and two heads, whose 24 columns are stored as 32 float16.
         assert deep - shallow == 40 * 2 * 2 * 32 * 2 * 2
         with pytest.raises(ValueError, match="9 tokens at depth 71 does not fit a context of 80"):
             list(measure(engine, prompts=[9], generations=[], depths=[71]))
@@ -58,7 +58,7 @@ def test_the_command_takes_llama_benchs_flags(tiny_moe, no_roof, capsys):
     assert main([*command, "-ctk", "q8_0", "--cache-type-v", "f16"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert [r["test"] for r in report["results"]] == ["tg2", "tg2 @ d20"]
-    # On both sides of a test, and of the whole run.
+    # Before and after each test, and the whole run.
     assert all(
         len(r["memory_roofs"]) == 2 and min(r["memory_roofs"]) > 0 for r in report["results"]
     )

@@ -1,4 +1,4 @@
-"""Sizes of memory as they are written, and how a budget is divided."""
+"""How memory sizes are parsed, and how a budget is divided."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_what_is_no_size_is_refused_in_words(text) -> None:
 
 
 def divided(moe, ram, **changes):
-    """The budget of a process that took 50 MiB before."""
+    """Returns the budget of a process that has taken 50 MiB already."""
     arguments = {
         "process": 50 << 20, "level": 5, "dense_level": 5, "context": 64, "kv_types": KvTypes(),
         "ops": OpsShape.of(moe.config, 2), **changes,
@@ -47,12 +47,12 @@ def divided(moe, ram, **changes):
 
 
 def named(error):
-    """The bytes that an error names."""
+    """Returns the bytes that an error names."""
     return int(str(error).split("works is ")[1].split(" MiB")[0]) << 20
 
 
 def smallest(moe, **changes):
-    """The fewest bytes that work."""
+    """Returns the smallest budget that works, in bytes."""
     few, enough = 1, 1 << 30
     while enough - few > 1:
         middle = (few + enough) // 2
@@ -77,7 +77,7 @@ def test_everything_is_counted_once(tiny_moe, sequences) -> None:
     assert b.scratch > 0
     assert b.growth >= 8 << 20
     assert b.experts == all_expert_bytes(moe, 5)
-    # One expert fits, and there is no room for more: slots are all that is left.
+    # There is room for one expert and no more: slots get all that is left.
     assert b.slots == b.expert == expert_bytes(moe, 5)
     assert ram == b.slots + b.process + b.growth + b.tables + b.dense + b.kv + b.scratch
     assert divided(moe, ram + 1000, sequences=sequences).slots in range(

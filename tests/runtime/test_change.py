@@ -1,4 +1,4 @@
-"""A model that is changed while it runs is the one that is opened so."""
+"""A model whose options are changed while it runs is the same as one opened with them."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_fewer_bits_give_memory_back_and_more_are_read_in_part(tiny_moe):
         less = store.stats["resident_bytes"]
         assert less < 0.7 * full
         engine.logits(IDS)
-        assert store.stats["bytes_read"] == read  # all was there
+        assert store.stats["bytes_read"] == read  # all was in memory
         engine.change(bits=None)
         assert engine.logits(IDS).tobytes() == whole
         assert store.stats["resident_bytes"] == full
@@ -109,7 +109,7 @@ def test_a_recorded_model_stays_as_it_is(tiny_moe, tmp_path):
 
 
 def test_replies_go_on_with_the_changed_model(tiny_moe):
-    """Each token is the one that the model of its moment gives for the text before it."""
+    """Each token is the one that the model as it was at that moment gives for the text before it."""
     batcher, model = opened(tiny_moe)
     params = [replace(p, max_tokens=20, temperature=0.0) for p in PARAMS[:4]]
     asked = [Asked(ids, p) for ids, p in zip(PROMPTS, params, strict=False)]

@@ -1,4 +1,4 @@
-"""A chat keeps what was said, streams whole characters and never a part of a stop text."""
+"""A chat keeps the conversation, streams whole characters, and never shows a part of a stop text."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_what_was_computed_is_not_computed_again(engine: edgemoe.Engine, chat: C
     list(chat.say("Hello"))
     prompt = engine.stats.prompt_tokens + engine.stats.cached_tokens
     list(chat.say("And you?"))
-    # The reply's text may be cut into other tokens than it was made of, the prompt's may not.
+    # The reply's text may be tokenised otherwise than it was generated; the prompt's may not.
     assert engine.stats.cached_tokens >= prompt
 
 
@@ -255,7 +255,7 @@ def test_a_chat_is_sampled_as_the_model_says(engine: edgemoe.Engine) -> None:
 def test_the_end_token_of_the_template_ends_a_reply(engine: edgemoe.Engine) -> None:
     assert set(engine.config.eos_ids) <= set(engine.tokenizer.eos_ids)
     chat = engine.chat(params=SamplingParams(seed=1, temperature=3, top_k=0, top_p=1, min_p=0))
-    for _ in range(3):  # a hot random model meets an end token soon
+    for _ in range(3):  # at a high temperature a random model soon draws an end token
         chat.reset()
         ids = engine.tokenizer.encode_chat([{"role": "user", "content": "Hello"}])
         tokens = []

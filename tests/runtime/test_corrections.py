@@ -1,4 +1,4 @@
-"""Files with corrections of low rank: what they mean, and the same bits whatever they are run with."""
+"""Files with low-rank corrections: what they mean, and that runs give the same bits with all options."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_the_arithmetic_is_that_of_the_corrected_weights(tmp_path, bits):
     assert abs(float((got * mine).sum() / (mine * mine).sum()) - 1) < 0.003
     if bits != 2:
         return
-    # Each kind of matrix matters by itself: without its correction the reference is elsewhere.
+    # Each kind of matrix matters: without its corrections the reference gives other logits.
     for kind in RANKS:
         bare = Decoded(path, without=kind)
         other, _ = reference.logits(bare.config, bare.tensors, bare.expert, list(IDS))

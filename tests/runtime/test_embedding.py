@@ -1,4 +1,4 @@
-"""An embedding of which few bits are resident: its rows are looked up at the file's highest level."""
+"""If only few bits of an embedding are resident, its rows are looked up at the file's highest level."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ IDS = np.random.default_rng(2).integers(0, 256, 90).tolist()
 
 
 def tied():
-    """The tiny checkpoint whose embedding is the head too."""
+    """The tiny checkpoint with an embedding that is also the head."""
     of = tiny_checkpoint()
     tensors = {name: of.tensor(name) for name in of.shapes if name != "lm_head.weight"}
     return MemoryCheckpoint({**of.config, "tie_word_embeddings": True}, tensors, of.files)
@@ -44,7 +44,7 @@ def model(request, tmp_path_factory):
 
 
 def with_table(engine, level):
-    """Makes an engine look rows up in the whole embedding at a level, which is resident."""
+    """Makes an engine look rows up in a resident embedding at some level."""
     moe, decoder = engine.model.moe, engine.model.decoder
     table = load_dense(moe, len(moe.dense_ladder), verify=True)["embed"].first(level)
     decoder._stacks = [dataclasses.replace(stack, embed=table) for stack in decoder._stacks]
@@ -66,9 +66,8 @@ def test_rows_are_those_of_the_highest_level(model, level):
     assert np.array_equal(found, wanted)
     assert said == told
     for other in (logits(model, level, **chosen), logits(model, bits=chosen["bits"])):
-        assert not np.array_equal(
-            found, other[0]
-        )  # neither the rows at few bits nor the head at all
+        # Neither rows at the level itself nor all dense weights at the highest level give the same.
+        assert not np.array_equal(found, other[0])
     assert np.array_equal(found, logits(model, verify=False, threads=1, **chosen)[0])
 
 
@@ -95,7 +94,7 @@ def test_only_what_is_computed_with_is_resident(model):
 
 @pytest.mark.parametrize("level", [1, 2])
 def test_all_has_been_read_when_that_is_told(model, level):
-    """What is looked up is gone through once, after all else."""
+    """The rungs that rows are looked up in are read once, after everything else."""
     moe, shares = open_moe(model), []
     load_dense(moe, level, verify=True, told=shares.append)
     missing = sum(moe.tensors["embed"].lengths[level if moe.config.tied else 0 :])
@@ -103,7 +102,7 @@ def test_all_has_been_read_when_that_is_told(model, level):
     assert shares == sorted(shares)
     assert shares[-2:] == [there / (there + missing), 1]
     load_dense(moe, level, verify=False, told=shares.append)
-    assert shares[-2:] == [1, 1]  # of which only scales and corrections are read
+    assert shares[-2:] == [1, 1]  # only their scales and corrections are read
 
 
 def test_a_block_that_is_damaged_later_leaves_the_sequence_as_it_was(model, tmp_path):

@@ -1,4 +1,4 @@
-"""Offloading never changes the answer: the same bits for every budget, chunk, thread count and order."""
+"""Offloading never changes the answer: it has the same bits for every budget, chunk, thread count and order."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_logits_do_not_depend_on_the_budget(
         engine.model.store.cache.check_integrity()
         assert stats["peak_bytes"] <= slots
         assert (stats["evictions"] > 0) == (num_experts < 16)
-        # A token wants two: of two slots it hangs on the disk whether one is free in time.
+        # A token needs two experts. With two slots, it depends on the disk whether one is free for reading ahead.
         if num_experts != 2:
             assert (stats["ahead_reads"] > 0) == (2 < num_experts < 16)
         assert stats["bytes_read"] >= 16 * expert_bytes(moe, moe.level(bits))
@@ -109,7 +109,7 @@ def test_stats_add_up(tiny_moe):
         tokens = list(engine.generate(list(IDS[:10]), GREEDY))
         stats = engine.stats
         assert (stats.prompt_tokens, stats.cached_tokens, stats.new_tokens) == (10, 0, len(tokens))
-        # Two layers; a prompt's uses are counted once per expert, a token's two each.
+        # In each of two layers, a prompt counts one use per expert, and a token counts two uses.
         assert stats.hits + stats.misses >= 2 * 2 * (len(tokens) - 1)
         assert stats.misses <= 16
         assert stats.evictions == 0
@@ -211,7 +211,7 @@ def test_an_interrupt_between_request_and_groups_is_forgotten(tiny_moe, expected
 
         engine.model.experts.scheduler.plan = remember
         engine.logits(IDS[:9])
-        engine.model.store.request(plans[0])  # and Ctrl-C here
+        engine.model.store.request(plans[0])  # as if Ctrl-C came here
         assert np.array_equal(engine.logits(IDS), expected[8][0])
 
 
@@ -263,14 +263,14 @@ def test_a_second_thread_and_a_child_process_are_kept_out(tiny_moe):
 
 
 def run_alone(code, *arguments):
-    """Runs Python in a process of its own."""
+    """Runs Python code in a separate process."""
     command = [sys.executable, "-W", "ignore", "-c", code, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, timeout=60)
     assert done.returncode == 0, done.stderr.decode()
 
 
 def test_a_child_process_may_drop_the_engine(tiny_moe):
-    """Alone, so that no other threads are there when it forks."""
+    """In a separate process, so that there are no other threads when it forks."""
     code = """
 import os, sys
 import edgemoe
@@ -294,7 +294,7 @@ assert (engine.logits([1, 2, 3]) == logits).all()
 
 
 def test_the_smallest_budget_works_and_its_logits_are_the_same(tiny_moe, expected, tmp_path):
-    """Alone, as what other tests have thrown away may be given back while this one counts."""
+    """In a separate process, as memory of earlier tests might be given back while this one measures."""
     code = """
 import re, sys
 import numpy as np
@@ -345,7 +345,8 @@ def test_an_interrupt_between_computing_and_counting_is_forgotten(tiny_moe, expe
         engine.logits(IDS[:149])
         state = engine._held.sequence.state
         state.begin(3)
-        engine.model.decoder.forward(Batch.of((state, IDS[:3].astype(np.int32))))  # and Ctrl-C here
+        # As if Ctrl-C came after the layers have run.
+        engine.model.decoder.forward(Batch.of((state, IDS[:3].astype(np.int32))))
         assert np.array_equal(engine.extend(IDS[149:150])[0], expected[8][0][-1])
 
 
@@ -391,7 +392,7 @@ def test_a_prompt_is_cancelled_between_its_layers(tiny_moe, monkeypatch):
                 next(reply)
             assert len(asked) == wanted
             assert engine._held.sequence.state.length == (wanted - 1) // layers * 16
-            # What was computed is kept, and nobody asks the next call.
+            # What was computed is kept, and the next call does not use the old callback.
             assert (list(engine.generate(ids, GREEDY)), engine.stats.logits_hash) == expected
             assert engine.stats.cached_tokens == (wanted - 1) // layers * 16
             assert len(asked) == wanted

@@ -1,4 +1,4 @@
-"""Limits of control groups are found wherever around the process they are."""
+"""Limits of control groups are found in every group that contains the process."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_version_2(v2: Path) -> None:
         memory__stat=stat,
     )
     assert hardware._cgroup_rooms(membership, v2) == [6 * GIB]
-    # systemd's MemoryHigh= slows down what is above it.
+    # systemd's MemoryHigh= slows down processes that exceed it.
     write(
         v2 / "user.slice/chat.scope",
         memory__max="max", memory__high=4 * GIB, memory__current=2 * GIB, memory__stat=stat,

@@ -1,4 +1,4 @@
-"""The budget in the kernel's eyes: what a process takes at most, and that it lives below a limit of exactly `ram`."""
+"""The budget as the kernel sees it: a process's peak memory, and that it survives a limit of exactly `ram`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ MIB = 1 << 20
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory):
-    """A model of which the experts are most: 26 MiB in 128."""
+    """A model that is mostly experts: 128 of them, 26 MiB in all."""
     path = tmp_path_factory.mktemp("wide") / "wide.moe"
     config = dataclasses.replace(synth.SHAPES["tiny"], num_experts=32)
     synth.write(path, config, bits=8, embedding=100.0, name="wide")
@@ -45,7 +45,7 @@ def command(path, ram, tokens=120):
 
 
 def smallest(path):
-    """Asks the program itself."""
+    """Returns the smallest budget, in bytes, as the program's error names it."""
     done = subprocess.run(command(path, MIB), capture_output=True, text=True, check=False)
     match = re.search(r"smallest that works is (\d+) MiB", done.stderr)
     assert match, done.stderr
@@ -54,7 +54,7 @@ def smallest(path):
 
 @pytest.fixture(scope="module")
 def free(wide):
-    """What the model says where everything fits."""
+    """The results of a run in which everything fits."""
     done = subprocess.run(command(wide, 1 << 30), capture_output=True, text=True, check=True)
     found = json.loads(done.stdout)
     assert found["evictions"] == 0
@@ -69,7 +69,7 @@ def test_the_budget_is_used_and_never_passed(wide, free, more):
     assert found["hash"] == free["hash"]
     assert found["evictions"] > 0
     assert found["peak"] + found["tables"] <= ram
-    # The slack, an expert that does not fit, and keys and values to come; so 0.97 from 80 MiB on.
+    # Unused are the slack, less than an expert, and memory for later keys and values: 97% is used from 80 MiB on.
     assert found["peak"] + found["tables"] >= ram - 2.4 * MIB
     assert found["slots"] > found["certain"]
 
@@ -100,7 +100,7 @@ def test_a_small_model_lives_below_its_smallest_budget(tiny_moe):
 
 
 def test_a_limit_is_one(tmp_path):
-    """A process that takes more than its group may is ended: what the tests above rest on."""
+    """A process that exceeds its group's limit is killed; the tests above rely on that."""
     if (why := limits.missing()) is not None:
         pytest.skip(f"no control group can be made: {why}")
     greedy = [sys.executable, "-c", "x = bytearray(200 << 20); print(len(x))"]

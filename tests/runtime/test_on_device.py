@@ -1,4 +1,4 @@
-"""A model on a device gives the processor's logits, bit for bit, wherever its experts are and whatever has to move."""
+"""A model on a device gives the CPU's logits, bit for bit, wherever its experts are and whatever has to move."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ GREEDY = edgemoe.SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
 
 
 def play(path, **options):
-    """The logits of a prompt, its last one's hash, a reply, and what the store counted."""
+    """Returns the logits of a prompt, the hash of the last ones, a reply, its hash, and the store's counters."""
     with edgemoe.load(path, context=128, **options) as engine:
         logits = engine.logits(IDS)
         told = engine.stats.logits_hash
@@ -58,7 +58,7 @@ def test_the_answer_is_the_processors(tiny_moe, monkeypatch, slots, in_ram):
     if slots >= 3:
         assert got[4]["device_hits"] > 0
         assert got[4]["device_bytes"] <= slots * each
-    if slots == 16:  # all of them were brought there once, before anything was computed
+    if slots == 16:  # all were copied there once, before any computing
         uses = got[4]["hits"] + got[4]["misses"] - slots
         assert uses == expected[4]["hits"] + expected[4]["misses"] == got[4]["device_hits"]
 
@@ -83,7 +83,7 @@ def test_at_every_level(tiny_moe, monkeypatch, more):
 
 
 def test_all_has_been_read_when_that_is_told(tiny_moe):
-    """Rows of the embedding, which the host looks up in the file, come after all else."""
+    """The embedding, whose rows the host looks up in the file, is read after everything else."""
     shares: list[float] = []
     open_model(tiny_moe, EngineOptions(dense_bits=4, context=64, **on_device()), told=shares.append)
     assert shares == sorted(shares)
@@ -161,7 +161,7 @@ FAMILIES = (
 
 
 def answers(path, **options):
-    """The logits of a prompt in pieces, a reply, and its last logits."""
+    """Returns the logits of a prompt in pieces, a reply, and its last logits."""
     ids = families.random_ids(20)
     with edgemoe.load(path, context=64, **options) as engine:
         notes = [note for note in engine.notes if "kernels" in note]
@@ -172,7 +172,7 @@ def answers(path, **options):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_runs_on_a_device(tmp_path, monkeypatch, name):
     path = small_moe(name, tmp_path)
-    with_vram(monkeypatch, FAMILIES.index(name) % 4, path)  # from none to some
+    with_vram(monkeypatch, FAMILIES.index(name) % 4, path)  # none to three experts
     assert unsupported(open_moe(path)) is None
     assert answers(path, **on_device()) == answers(path)
 
@@ -185,7 +185,7 @@ def test_families_with_less_on_a_device(tmp_path, monkeypatch, name):
         there, notes = answers(path, **less, **on_device())
         assert there == answers(path, **less)[0]
         key_biases = any(m.has_constant_keys for m in open_moe(path).config.mixers)
-        assert bool(notes) == (key_biases and "cache_type_k" in less)  # the processor has to help
+        assert bool(notes) == (key_biases and "cache_type_k" in less)  # the CPU runs some mixers
 
 
 def test_all_families_are_tried():
@@ -198,7 +198,7 @@ def test_all_families_are_tried():
         "bailing_moe_v2": "bailing_moe", "qwen3_vl_moe": "qwen3_moe", "qwen3_vl_moe_text": "qwen3_moe",
     }  # fmt: skip
     names = {name for family in supported()["families"] for name in family["model_types"]}
-    names.discard("granitemoe_dense")  # that of the tests' own
+    names.discard("granitemoe_dense")  # only exists in tests
     assert {aliases.get(name, name) for name in names} <= tried
 
 
@@ -296,7 +296,7 @@ def test_a_copy_that_fails_is_one_line(tiny_moe):
 
 @pytest.mark.parametrize("tokens", [1, 9])
 def test_what_no_cache_can_hold_is_said_before_it_counts(tmp_path, tokens):
-    """By a layer behind the last one that chooses experts, after which nobody waits for the device."""
+    """The layer is after the last one that chooses experts, so that nothing else waits for the device."""
     source, prefix = tiny_checkpoint(), "model.layers.1."
     source.config["mlp_only_layers"] = [1]
     for name in list(source.shapes):
@@ -361,7 +361,7 @@ def test_what_other_programs_have_of_a_device_is_not_taken(tiny_moe):
         assert engine.logits(IDS[:5]).tobytes() == expected
     real = edgemoe.runtime.on_device.load_on
 
-    def late(*args, **kwargs):  # another program comes in between
+    def late(*args, **kwargs):  # another program takes memory in between
         with configured(others=1 << 30):
             return real(*args, **kwargs)
 

@@ -1,4 +1,4 @@
-"""Options are written once, checked when they are made, and take numbers of any library."""
+"""Options are defined once, checked when they are made, and accept numbers of any library."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_every_flag_of_the_command_line_has_an_option():
     said = engine_flags(run_parser().parse_args([]))
     fields = {f.name for f in dataclasses.fields(EngineOptions)}
     assert set(said) <= fields
-    # What is left: what edgemoe-run adds itself, and what only a program can give.
+    # The rest are options that edgemoe-run adds itself, and those that only a program can give.
     assert fields - set(said) == {
         "context", "trace", "profile", "observer", "plug_in", "sequences", "slots", "steady",
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Experts that pass through a device: which do, and that it changes nothing but where they run."""
+"""Experts that pass through a device: which ones do, and that it changes nothing but where they run."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ def split(link, read, products, sizes, tokens):
 @pytest.mark.parametrize(
     ("link", "read", "products", "sizes", "tokens", "goes"),
     [
-        # A token: bytes decide. The processor is as fast as four links: one of six.
+        # A single token: bytes decide. The CPU is four times as fast as the link: one of six passes.
         (1e9, 4e9, 0, [MIB] * 6, [1] * 6, [True, False, False, False, False, False]),
-        # A link as fast as the processor takes half, and of one nothing: a tie is the processor's.
+        # A link as fast as the CPU takes half. A single expert is a tie, and stays on the CPU.
         (1e9, 1e9, 0, [MIB] * 4, [1] * 4, [True, True, False, False]),
         (1e9, 1e9, 0, [MIB], [1], [False]),
         (3e9, 1e9, 0, [MIB], [1], [True]),
-        # A prompt: products decide, and those with most tokens gain most.
+        # A prompt: products decide, and experts with the most tokens gain most.
         (1e9, 1e10, 1e9, [MIB] * 4, [3, 90, 40, 60], [False, True, True, True]),
         (1e9, 1e10, 1e12, [MIB] * 3, [90] * 3, [False, False, False]),
-        # Nothing is known of the processor, or not at so many tokens.
+        # The CPU has not been measured, or not with so many tokens.
         (1e12, 0, 0, [MIB], [1], [False]),
         (1e12, 1e9, 0, [MIB], [90], [False]),
         (1e12, 0, 1e9, [MIB], [1], [False]),
@@ -62,7 +62,7 @@ def test_no_other_choice_is_done_sooner():
 
         chosen = took(split(link, read, products, sizes, tokens))
         every = [took([i >> k & 1 for k in range(n)]) for i in range(1 << n)]
-        # A prefix by gain is within one expert's time of the best of all sets.
+        # The choice, a prefix in order of gain, is within one expert's time of the best set.
         assert chosen <= min(every) + np.minimum(here, there).max() * 1.0001
         assert chosen <= min(took([True] * n), took([False] * n)) * 1.0001
 
@@ -75,7 +75,7 @@ def test_the_processor_is_measured_by_what_it_does():
     assert rates.read == pytest.approx(8 * MIB / 0.01 * 0.9)
     rates.note(2 * MIB, 64, 2, 1.0)
     assert rates.products == 64 * WEIGHTS
-    rates.note(2 * MIB, 10, 2, 1.0)  # between both: says nothing of either
+    rates.note(2 * MIB, 10, 2, 1.0)  # in between: updates neither
     rates.note(0, 0, 0, 1.0)
     assert rates.products == 64 * WEIGHTS
 
@@ -103,7 +103,7 @@ CHOICES = {
 def test_the_answer_is_the_processors(tiny_moe, monkeypatch, choice, setting, more):
     with_slots(monkeypatch, 6 * expert_bytes(open_moe(tiny_moe), 5), chunk=16)
     expected = play(tiny_moe, **more)
-    with_vram(monkeypatch, 5, tiny_moe)  # of which two are for what passes
+    with_vram(monkeypatch, 5, tiny_moe)  # two of them for passing experts
     monkeypatch.setattr(Rates, "split", lambda self, *given: CHOICES[choice](*given))
     with configured(**setting):
         got = play(tiny_moe, **more, **on_device())

@@ -1,4 +1,4 @@
-"""Prefixes on disk: what comes back is what was computed, or it is computed again, and that is said."""
+"""Prefixes on disk are restored exactly as computed, or computed again, and that is logged."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ PARAMS = SamplingParams(temperature=1, seed=3, max_tokens=6, ignore_eos=True)
 
 
 def batcher(path, folder, *, sequences=1, most=1 << 30, **options):
-    """Returns a batcher that saves into a folder, as after another start."""
+    """Returns a batcher that saves to a folder, and its store, as after a new start."""
     found = open_model(path, EngineOptions(sequences=sequences, **options))
     store = PrefixStore(folder, found.model, most_bytes=most)
     return Batcher(found.model, found.text.eos_ids, prefixes=store), store
@@ -48,7 +48,7 @@ def asked(to, ids, params=PARAMS):
 
 @pytest.fixture(scope="module", params=["qwen3_moe", "deepseek_v2", "qwen3_next", "gpt_oss"])
 def model(request, tmp_path_factory):
-    """Keys and values, latents, recurrent layers, and windows."""
+    """Models with keys and values, latents, recurrent layers, and windows."""
     folder = tmp_path_factory.mktemp(request.param)
     families.make(request.param, folder / "source", changes={"max_position_embeddings": 256})
     convert(open_checkpoint(folder / "source"), folder / "model.moe")
@@ -66,7 +66,7 @@ def model(request, tmp_path_factory):
 def test_what_another_start_finds_is_what_it_would_compute(model, tmp_path, kinds):
     first, _ = batcher(model, tmp_path, **kinds)
     tokens, _ = asked(first, LONG)
-    asked(first, OTHER)  # takes the only sequence: what it holds is saved
+    asked(first, OTHER)  # takes over the only sequence, whose state is saved
     first.save()
     again, store = batcher(model, tmp_path, **kinds)
     assert len(store) == 2
@@ -248,7 +248,7 @@ def test_a_turn_that_goes_on_is_saved_once(tiny_moe, tmp_path):
     assert len(store) == 1
     asked(one, [*LONG, *tokens, *OTHER])
     one.save()
-    assert len(store) == len(list(tmp_path.iterdir())) == 1  # the longer one stands for both
+    assert len(store) == len(list(tmp_path.iterdir())) == 1  # the longer one covers both
 
 
 BEGINNING = replace(PARAMS, max_tokens=0)
@@ -331,7 +331,7 @@ def test_what_a_sequence_loses_is_kept_in_memory(model, tmp_path):
     got, came = asked(one, go_on)
     assert (got, came.logits_hash) == (expected, right.logits_hash)
     assert came.cached_tokens == len(go_on) - 1
-    assert len(pool) == 1  # the other one, in its place
+    assert len(pool) == 1  # the other one has replaced it
     assert asked(one, [*OTHER, *others])[1].cached_tokens == len(OTHER) + 5
 
 
@@ -345,7 +345,7 @@ def test_memory_for_prefixes_is_bounded_and_experts_give_it(tiny_moe, tmp_path):
     few, pool, room = pooled(tiny_moe, folder=tmp_path / "few", most=each)
     asked(few, LONG)
     asked(few, third)
-    asked(few, OTHER)  # the place is taken by the second, and the first goes to disk
+    asked(few, OTHER)  # the second takes the memory, and the first goes to disk
     assert pool.size <= each
     assert len(list((tmp_path / "few").glob("*.prefix"))) == 1
     assert asked(few, LONG)[1].cached_tokens == len(LONG) - 1

@@ -1,4 +1,4 @@
-"""Profiles: what was learned goes from run to run, changes no answer, and finds experts in memory sooner."""
+"""Profiles carry what was learned from run to run; answers stay the same, and experts are in memory sooner."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def no_stdin(monkeypatch):
 
 @pytest.fixture
 def half(tiny_moe):
-    """Returns what loads the tiny model with slots for half of its experts."""
+    """A function that loads the tiny model with slots for half of its experts."""
     moe = open_moe(tiny_moe)
     room = L * E // 2 * expert_bytes(moe, len(moe.ladder))
 
@@ -51,7 +51,7 @@ def half(tiny_moe):
 
 @pytest.fixture
 def learned(half, tmp_path):
-    """A profile of IDS."""
+    """The profile of a run of IDS."""
     path = tmp_path / "tiny.profile"
     with half(profile=path) as engine:
         decode(engine, IDS)
@@ -59,7 +59,7 @@ def learned(half, tmp_path):
 
 
 def decode(engine, ids):
-    """Returns the logits after each token, and hits of the first four."""
+    """Returns the logits after each token, and the hits of the first four tokens."""
     first = engine.logits(ids[:1])
     hits = engine.stats.hits
     rows = [first[-1]]
@@ -107,7 +107,7 @@ def test_warm_experts_are_hits_and_logits_stay(half, learned):
 
 
 def test_uses_go_on_where_they_were(half, learned, tmp_path):
-    """Two runs end with the uses of one, which numpy counts from what the router chose."""
+    """Two runs end with the same uses as a single one, which numpy counts from the router's choices."""
     chosen = []
 
     class Seen(Observer):
@@ -152,7 +152,7 @@ def test_a_scheduler_goes_on_with_what_it_learned(name, options, tmp_path):
     second = SCHEDULERS[name](SETTING, **options)
     policy = second.policy
     second.restore(profile.state)
-    assert second.policy is policy  # the cache looks at its arrays
+    assert second.policy is policy  # the cache reads its arrays
     assert first.state().keys() == second.state().keys() == profile.state.keys()
     for key, array in first.state().items():
         np.testing.assert_allclose(second.state()[key], array, rtol=1e-12)
@@ -167,7 +167,7 @@ def test_a_scheduler_goes_on_with_what_it_learned(name, options, tmp_path):
 
 @pytest.mark.parametrize("policy", ["lfu", "lru", Priorities.zeros(1, 2)])
 def test_uses_are_counted_whatever_is_dropped_first(policy):
-    """A profile of any run says what `--warm` is to load."""
+    """So the profile of any run tells `--warm` what to load."""
     store = ExpertStore.dry(
         num_layers=1, num_experts=2, level_bits=(8,), level_bytes=(4096,), budget_bytes=4096,
         policy=policy,
@@ -232,7 +232,7 @@ def test_wrong_contents_are_refused(change, message, tiny_moe, tmp_path):
         read_profile(tmp_path / "p", of)
     save_file({"uses": np.ones((L, E))}, tmp_path / "q", {"edgemoe_profile": "2"})
     header = b'{"uses":{"dtype":"%s","shape":[1],"data_offsets":[0,%d]},"__metadata__":{"edgemoe_profile":"1"}}'
-    for odd in ((b"BF16", 2), (b"F8_E4M3", 1)):  # which numpy does not have
+    for odd in ((b"BF16", 2), (b"F8_E4M3", 1)):  # numpy has no such types
         text = header % odd
         (tmp_path / "r").write_bytes(len(text).to_bytes(8, "little") + text + bytes(odd[1]))
         with pytest.raises(FormatError, match="not a profile: "):
@@ -253,7 +253,7 @@ def test_what_was_there_stays_when_saving_fails(half, learned, monkeypatch):
     with pytest.raises(OSError, match="No space") as failure:
         engine.close()
     assert failure.value.filename == str(learned)
-    engine.close()  # is closed all the same
+    engine.close()  # closes all the same
     assert learned.read_bytes() == content
     assert os.listdir(learned.parent) == [learned.name]
 

@@ -1,5 +1,5 @@
-"""What stands between two choices of experts is told to the core once and repeated without Python, and layers whose
-experts are all there choose by themselves: the same bits, and the same books, whatever moves meanwhile."""
+"""On a CPU, work between choices of experts is recorded once and repeated without Python, and layers whose experts are
+all in memory run without a plan. Bits and counters are the same, whatever moves meanwhile."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def params(count, **more):
 
 
 def told(engine, ids, how):
-    """A reply, the hash of its last logits, and all that is counted."""
+    """Returns a reply, the hash of its last logits, and all counters."""
     reply = list(engine.generate(ids, how))
     store, stats = engine.model.store, engine.stats
     books = store.runs.tolist(), store.reads.tolist(), store.lacks.tolist(), store.uses.tolist()
@@ -39,7 +39,7 @@ def told(engine, ids, how):
 
 @pytest.fixture
 def stage(monkeypatch):
-    """Sets how much Python is out of the way, and returns how often work was repeated since."""
+    """Returns a function that sets how much runs without Python; it returns the list of notes repeated since."""
     real, found = Notes.of, []
 
     def of(self, key, work):
@@ -69,7 +69,7 @@ def test_each_stage_has_the_same_bits_and_books(tiny_moe, stage):
             layers = engine.config.num_layers
         times[name] = len(found)
     assert all_told["none"] == all_told["repeated"] == all_told["ahead"]
-    tokens = 2 * 11  # and two from the prompts' logits
+    tokens = 2 * 11  # the first of each reply is from the prompt's logits
     assert times["none"] == 0
     assert (tokens - 4) * (layers + 1) <= times["repeated"] <= tokens * (layers + 1)
     # Some tokens come while experts are still missing.
@@ -78,7 +78,7 @@ def test_each_stage_has_the_same_bits_and_books(tiny_moe, stage):
 
 @pytest.fixture
 def ahead(monkeypatch):
-    """The layers that were ahead, of each token that had some."""
+    """The layers that were ahead, for each token with some."""
     real, found = Experts.count, []
 
     def count(self, layers):
@@ -92,8 +92,8 @@ def ahead(monkeypatch):
 @pytest.mark.parametrize("experts", [9, 13, 15])
 @pytest.mark.parametrize("policy", ["lru", "lfu", "next-use"])
 def test_while_experts_come_and_go(tiny_moe, stage, ahead, experts, policy):
-    """16 are more than there is room for; with 15 some tokens find all of one layer there, which is ahead then. What
-    learns from plans, as next-use does, sees every one of them: nothing is ahead of it."""
+    """There is no room for all 16 experts. With room for 15, some tokens find all experts of one layer in memory, which
+    is then ahead. An eviction that learns from plans, such as next-use, sees all of them: no layer is ahead."""
     how, out = params(30, temperature=2.0, seed=3), []
     for name in ("none", "ahead"):
         stage(name)
@@ -114,7 +114,7 @@ def test_while_experts_come_and_go(tiny_moe, stage, ahead, experts, policy):
 
 @pytest.mark.parametrize("most", [2, notes.MOST_NOTED])
 def test_sequences_in_turn(tiny_moe, monkeypatch, stage, most):
-    """Each has keys and values of its own; the notes of one are not those of another, and the oldest are forgotten."""
+    """Each sequence has its own keys and values, and so its own notes; the oldest are forgotten."""
     monkeypatch.setattr(notes, "MOST_NOTED", most)
     monkeypatch.setattr(notes, "MOST_STEPS", 8 * most)
     found = []
@@ -126,7 +126,7 @@ def test_sequences_in_turn(tiny_moe, monkeypatch, stage, most):
 
 
 def test_what_is_noted_is_bounded_however_it_comes(monkeypatch):
-    """Many pieces that came once, all of which come again."""
+    """Many keys come once, and then all come again."""
     monkeypatch.setattr(notes, "MOST_NOTED", 6)
     monkeypatch.setattr(notes, "MOST_STEPS", 5)
     ws = _core.Workspace(1, 4, 64, 64, 64, 16)
@@ -141,7 +141,7 @@ def test_what_is_noted_is_bounded_however_it_comes(monkeypatch):
         assert mine.of(key, work) is None
     assert [key for key in range(8) if key in mine._made] == [2, 3, 4, 5, 6, 7]
     for key in range(2, 8):
-        ws.repeat(mine.of(key, work))  # what was just noted is there
+        ws.repeat(mine.of(key, work))  # a note just made is there
         assert ws.noted <= 5 + 1
     assert out[0, 0] == 12
     again = mine.of(7, work)
@@ -177,7 +177,7 @@ def test_levels_that_change_in_place_are_other_work(tiny_moe, stage):
 
 
 def test_a_layer_that_loses_an_expert_in_the_middle_is_not_ahead_any_more(tiny_moe, stage, ahead):
-    """All of the second are there at the start, and what the first one reads takes the place of one of them."""
+    """All experts of the second layer are in memory at the start, and the first layer's reads evict one of them."""
     found, lost = [], 0
     options = {"options": {"eviction": "lru", "look_ahead": False}}
     for name in ("none", "ahead"):
@@ -209,7 +209,7 @@ def test_where_blocks_of_positions_end(tiny_moe, stage):
 
 @pytest.mark.parametrize("fails", [1, 5, 9, 11])
 def test_what_fails_while_it_is_noted_is_not_repeated(tiny_moe, monkeypatch, stage, fails):
-    """In the prompt, in the first tokens, and in the one whose work is noted; afterwards all is as it was."""
+    """It fails in the prompt, in the first tokens, and in the token whose work is recorded; the next run is right."""
     real, calls, how = _core.add_norm, [], params(9)
 
     def add_norm(*args):
@@ -231,7 +231,7 @@ def test_what_fails_while_it_is_noted_is_not_repeated(tiny_moe, monkeypatch, sta
 
 
 def test_a_token_that_fails_half_way_counts_as_far_as_it_came(tiny_moe, tmp_path, stage):
-    """Its first layer runs, without Python where that may be; an expert of its second is damaged."""
+    """Its first layer runs, without Python if enabled; then an expert of the second layer is damaged."""
     path, moe = tmp_path / "x.moe", open_moe(tiny_moe)
     first = int(moe.experts.offsets[8:].min())
     found = []
@@ -259,7 +259,7 @@ def test_a_token_that_fails_half_way_counts_as_far_as_it_came(tiny_moe, tmp_path
 
 
 def test_a_request_that_was_left_open_is_closed(tiny_moe):
-    """As by Ctrl-C, before a token that makes none."""
+    """A request is left open, as by Ctrl-C, before a token that makes none."""
     with edgemoe.load(tiny_moe, context=64) as engine:
         expected = told(engine, IDS[:5], params(30))[:2]
         cache = engine.model.store.cache
@@ -287,7 +287,7 @@ def test_what_computes_is_not_lost_while_work_is_noted():
     rows, gates = np.zeros((2, 1), np.int32), np.ones((2, 1), np.float32)
     ws.begin_noting()
     with pytest.raises(RuntimeError, match="should be noted"):
-        _core.combine(ws, x, rows, gates, out)  # which is not between two choices
+        _core.combine(ws, x, rows, gates, out)  # is never part of recorded work
     _core.add_rows(ws, x, 2.0, None, None, out)
     note = ws.end_noting()
     assert not out.any()

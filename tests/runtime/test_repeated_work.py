@@ -1,5 +1,5 @@
-"""What stands between two choices of experts is noted by a device and repeated, and layers whose experts are all there
-choose by themselves: both give the processor's bits, whatever moves meanwhile."""
+"""On a device, work between choices of experts is recorded and repeated, and layers whose experts are all there run
+without the host. Both give the CPU's bits, whatever moves meanwhile."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def params(count, **more):
 
 
 def told(engine, ids, how):
-    """A reply, the hash of its last logits, and how often experts ran."""
+    """Returns a reply, the hash of its last logits, and how often experts ran."""
     reply = list(engine.generate(ids, how))
     return reply, engine.stats.logits_hash, engine.model.store.runs.tolist()
 
 
 def graphs():
-    """How often work was repeated; None of a real device, which does not tell."""
+    """Returns how often work was repeated; None for a real device, which does not count it."""
     library = ctypes.CDLL(plug_in())
     simulated = hasattr(library, "cudasim_configure")
     return library.cudasim_configure(b"graphs", 0) if simulated else None
@@ -44,7 +44,7 @@ def graphs():
 
 @pytest.fixture(params=["none", "repeated", "ahead"])
 def stage(request, monkeypatch):
-    """How much the host is out of the way."""
+    """How much runs without the host."""
     monkeypatch.setattr(CudaOps, "repeats", request.param != "none")
     monkeypatch.setattr(CudaOps, "runs_ahead", request.param == "ahead")
     return request.param
@@ -58,11 +58,11 @@ def test_each_stage_is_the_processors_and_does_what_it_says(tiny_moe, stage):
     with edgemoe.load(tiny_moe, context=64, **on_device()) as engine:
         before = graphs()
         assert told(engine, IDS[:5], how) == expected
-        layers, tokens = engine.config.num_layers, 11  # and one from the prompt's logits
+        layers, tokens = engine.config.num_layers, 11  # the first is from the prompt's logits
         after, stats = graphs(), engine.stats
         assert engine.model.counters.routed == routed
     assert stats.hits + stats.misses == counted.hits + counted.misses
-    assert stats.device_hits == stats.hits  # there is room for all
+    assert stats.device_hits == stats.hits  # all fit
     if before is not None:
         each = {"none": 0, "repeated": layers + 1, "ahead": 1}[stage]
         assert each * (tokens - 4) <= after - before <= each * tokens
@@ -70,7 +70,7 @@ def test_each_stage_is_the_processors_and_does_what_it_says(tiny_moe, stage):
 
 @pytest.mark.parametrize("slots", [5, 13, 15])
 def test_while_experts_come_and_go(tiny_moe, monkeypatch, slots):
-    """16 are more than there is room for, and some tokens find all of one layer there."""
+    """There is no room for all 16 experts, and some tokens find all experts of one layer on the device."""
     how = params(40, temperature=2.0, seed=3)
     with edgemoe.load(tiny_moe, context=64) as engine:
         expected = told(engine, IDS[:5], how)
@@ -86,7 +86,7 @@ def test_while_experts_come_and_go(tiny_moe, monkeypatch, slots):
      ("deepseek_v3", 1000), ("nemotron_h", 1000), ("llama4_text", 1000), ("lfm2_moe", 1000)],
 )  # fmt: skip
 def test_families_that_go_back_and_on(tmp_path, monkeypatch, name, experts):
-    """Turns that go on, begin anew in the middle, and begin with something else."""
+    """Turns that continue, that branch off in the middle, and that begin with something else."""
     path = small_moe(name, tmp_path)
     ids = families.random_ids(40)
     turns = ids[:12], ids[:20], ids[:6] + ids[30:34], ids[25:30]
@@ -103,7 +103,7 @@ def test_families_that_go_back_and_on(tmp_path, monkeypatch, name, experts):
     before = graphs()
     assert play(**on_device()) == expected
     grows = any(getattr(mixer, "growth", 0) for mixer in open_moe(path).config.mixers)
-    assert before is None or (graphs() > before) == (not grows)  # logarithms are the host's
+    assert before is None or (graphs() > before) == (not grows)  # the host computes logarithms
 
 
 @pytest.mark.parametrize("name", ["tiny", "qwen2_moe-window", "deepseek_v3"])
@@ -119,7 +119,7 @@ def test_where_a_block_of_positions_ends(tiny_moe, tmp_path, name):
 
 @pytest.mark.parametrize("most", [2, notes.MOST_NOTED])
 def test_sequences_in_turn(tiny_moe, monkeypatch, most):
-    """Each has keys and values of its own; the notes of one are not those of another, and the oldest are forgotten."""
+    """Each sequence has its own keys and values, and so its own notes; the oldest are forgotten."""
     monkeypatch.setattr(notes, "MOST_NOTED", most)
 
     def play(**options):
@@ -143,7 +143,7 @@ def test_fewer_experts_and_bits_are_other_work(tiny_moe):
 
 @pytest.mark.parametrize("fails", [1, 4, 5, 6])
 def test_what_fails_while_it_is_noted_is_not_repeated(tiny_moe, monkeypatch, fails):
-    """In the prompt, in the first token, and in the second, whose work is noted; afterwards all is as it was."""
+    """It fails in the prompt, in the first token, and in the second, whose work is recorded; the next run is right."""
     real, calls = _core.device_post, []
 
     def post(ws, arrays):
@@ -164,7 +164,7 @@ def test_what_fails_while_it_is_noted_is_not_repeated(tiny_moe, monkeypatch, fai
 
 
 def moved(cache, experts):
-    """Makes experts leave a device and come back in this order, and so to other places."""
+    """Makes experts leave a device and come back in this order, and so to other slots."""
     for e in sorted(experts):
         assert cache.device.shrink(e, 0)
     for e in experts:
@@ -188,7 +188,7 @@ def test_experts_that_have_moved_are_found(tiny_moe):
 
 @pytest.mark.parametrize("order", [range(8, 16), range(15, 7, -1)])
 def test_experts_may_move_while_a_pass_is_under_way(tiny_moe, monkeypatch, order):
-    """The host runs the first layer, of which the device lacks one; meanwhile those of the second move."""
+    """The host runs the first layer, as the device lacks one of its experts; meanwhile those of the second move."""
     real, ran, moves = Experts.__call__, [], []
 
     def run(self, routing, *rest):
@@ -212,7 +212,7 @@ def test_experts_may_move_while_a_pass_is_under_way(tiny_moe, monkeypatch, order
 
 
 def test_somebody_who_looks_sees_every_plan(tiny_moe, tmp_path):
-    """So nothing runs ahead then."""
+    """So no layer runs ahead then."""
     rows = []
     for options in (on_device(), {}):
         path = tmp_path / f"{len(rows)}.trace"

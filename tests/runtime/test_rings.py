@@ -1,4 +1,4 @@
-"""Layers with a window keep what it sees: with the same bits, however a conversation goes back and on."""
+"""Layers with a window keep only a ring of positions: bits are the same however a conversation goes back and on."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ IDS = RNG.integers(0, 256, 700).tolist()
 LONG = edgemoe.SamplingParams(temperature=0, max_tokens=240, ignore_eos=True)
 SHORT = replace(LONG, max_tokens=3)
 WINDOW, CONTEXT, RING, KEPT = 32, 900, 256, 64
-"""With chunks of 16 tokens."""
+"""In positions; the ring is for chunks of 16 tokens."""
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """One layer of three sees all."""
+    """A model of three layers, of which one sees all positions."""
     source = tiny_checkpoint(layers=3)
     source.config |= {
         "use_sliding_window": True, "sliding_window": WINDOW, "max_position_embeddings": 2048,
@@ -39,7 +39,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def rings(monkeypatch):
-    """Engines have chunks of 16 tokens, and memory for all experts."""
+    """Gives engines chunks of 16 tokens, and memory for all experts."""
     with_slots(monkeypatch, 1 << 24, chunk=16)
 
 
@@ -55,7 +55,7 @@ def plain(model):
 
 
 def reply(engine, ids, params=SHORT):
-    """Returns a reply, the bits of its last logits, and how many tokens of the prompt were known."""
+    """Returns a reply, the hash of its last logits, and how many tokens of the prompt were cached."""
     tokens = list(engine.generate(ids, params))
     return tokens, engine.stats.logits_hash, engine.stats.cached_tokens
 
@@ -70,7 +70,7 @@ def fresh(plain, ids, params=SHORT):
 )
 def test_bits_are_those_of_layers_that_keep_all(model, rings, types):
     options = {"cache_type_k": types[0], "cache_type_v": types[1]}
-    with edgemoe.load(model, context=300, **options) as engine:  # not worth a ring
+    with edgemoe.load(model, context=300, **options) as engine:  # too short for a ring
         assert not engine.model.decoder.make_state().needs_snapshots
         expected = engine.logits(IDS[:300])
     with edgemoe.load(model, context=CONTEXT, **options) as engine:
@@ -85,7 +85,7 @@ def test_bits_are_those_of_layers_that_keep_all(model, rings, types):
 def test_the_budget_counts_every_byte(model, sequences):
     with edgemoe.load(model, context=2000, sequences=sequences) as engine:
         budget, state = engine.budget, engine.model.decoder.make_state()
-        # Chunks of 512 tokens: 32 + 511 positions, in blocks of 256.
+        # With chunks of 512 tokens, a ring has 32 + 511 positions, rounded up to blocks of 256.
         rings = [layer for layer in state.layers if not layer.can_rewind_anywhere]
         taken = [sum(len(k.content) for k in (layer.layer, *layer._free)) for layer in rings]
         positions = 768 + 2 * KEPT
@@ -94,7 +94,7 @@ def test_the_budget_counts_every_byte(model, sequences):
         assert budget.kv == sequences * (full + sum(taken)) < sequences * 3 * full
         each = budget.kv // sequences
         assert state_bytes(engine.config, budget.context, KvTypes(), budget.chunk) == each
-        assert budget.kv_at_once == sum(taken)  # from the start; the other grows
+        assert budget.kv_at_once == sum(taken)  # rings from the start; the other layer grows
 
 
 def test_a_chunk_takes_with_its_rings_an_eighth_of_what_is_spare(model, monkeypatch):
@@ -130,7 +130,7 @@ def test_a_little_is_taken_back_without_a_snapshot(model, rings, plain):
             got = engine.extend([3, 5])
             assert np.array_equal(got, plain.logits([*IDS[:length], 3, 5], last_only=True))
         engine.logits(IDS[:500])
-        assert state.rewind(274) == 0  # what its window needs was written over
+        assert state.rewind(274) == 0  # a part of its window was overwritten
         assert np.array_equal(engine.logits(IDS[:40]), plain.logits(IDS[:40]))
 
 
@@ -139,7 +139,7 @@ def test_a_snapshot_is_saved_as_soon_as_one_position_of_it_goes(model, rings, pl
         state = engine._held.sequence.state
         engine.logits(IDS[:274])
         state.snapshot()
-        engine.extend(IDS[274:500])  # of what it sees, 274 + 1 - 32 = 243 alone is written over
+        engine.extend(IDS[274:500])  # overwrites 274 + 1 - 32 = 243 of its window
         assert state.rewind(274) == 274
         got = engine.extend([3, 5])
         assert np.array_equal(got, plain.logits([*IDS[:274], 3, 5], last_only=True))
@@ -151,15 +151,15 @@ def test_a_turn_that_is_edited_or_answered_again_goes_back_to_a_snapshot(model, 
         made = reply(engine, first, LONG)[0]
         turn = first + made + second
         *expected, _ = reply(engine, turn, LONG)
-        for _ in range(2):  # once more: from where its reply begins
+        for _ in range(2):  # again, from where its reply begins
             *again, known = reply(engine, turn, LONG)
             assert (again, known) == (expected, len(turn) - 16)
-        # The turn in other words: from where it begins.
+        # An edited turn goes on from where the turn begins.
         edited = first + made + [7, *second]
         *got, known = reply(engine, edited)
         assert known == 50 + len(made) - 1
         assert tuple(got) == fresh(plain, edited)
-        # An earlier one: from the start, as only the last turn is kept.
+        # An earlier turn begins at the start, as only the last turn has snapshots.
         other = [*IDS[:20], 5, *IDS[21:70]]
         *got, known = reply(engine, other)
         assert known == 0
@@ -167,7 +167,7 @@ def test_a_turn_that_is_edited_or_answered_again_goes_back_to_a_snapshot(model, 
 
 
 def test_a_snapshot_needs_no_pass_of_its_own(model, monkeypatch, plain):
-    """Unlike those of recurrent layers: one may be of any length that the last pass went over."""
+    """Unlike in recurrent layers, a snapshot may be of any length that the last pass went over."""
     passes = []
     forward = Model.forward
     monkeypatch.setattr(
@@ -199,7 +199,7 @@ def test_a_pass_that_is_broken_off_leaves_the_rings(model, rings, plain):
 
 @pytest.mark.parametrize("seed", range(2))
 def test_whatever_is_done_in_whatever_order(model, rings, plain, seed):
-    """A walk of passes, steps back and snapshots, beside a sequence that keeps all; they have the same bits."""
+    """A random walk of passes, rewinds and snapshots gives the bits of a sequence that keeps all positions."""
     rng = np.random.default_rng(seed)
     reached_snapshots = 0
     with edgemoe.load(model, context=CONTEXT) as engine:
@@ -231,7 +231,7 @@ def test_whatever_is_done_in_whatever_order(model, rings, plain, seed):
 
 
 def test_requests_have_the_replies_that_they_have_alone(model, rings, plain):
-    """Also where a sequence serves one conversation after the other, and goes back in it."""
+    """Also if a sequence serves several conversations in turn, and goes back in them."""
     talks = [IDS[:90], IDS[100:140], IDS[200:203]]
     batcher, _ = opened(model, 2, context=CONTEXT)
     for _ in range(3):
@@ -239,7 +239,7 @@ def test_requests_have_the_replies_that_they_have_alone(model, rings, plain):
         run(batcher, *asked)
         for i, one in enumerate(asked):
             assert one.tokens == fresh(plain, talks[i], replace(LONG, max_tokens=110))[0]
-            # What is said later leaves the second half of the reply out.
+            # The next prompt leaves out the second half of the reply.
             talks[i] = [*talks[i], *one.tokens[:60], *IDS[300 + 10 * i : 305 + 10 * i]]
     again = Asked(talks[0], SHORT)
     run(batcher, again)
@@ -275,7 +275,5 @@ def test_a_ring_is_saved_whole_and_brought_back(model, rings, plain):
         engine._held.sequence.state = other
         assert np.array_equal(engine.extend(IDS[400:420], last_only=False), expected[400:])
         assert other.rewind(401) == 401
-        assert (
-            other.rewind(399) == 0
-        )  # nobody knows how much of the ring was there when it was saved
+        assert other.rewind(399) == 0  # a saved ring does not say which older positions it holds
         assert np.array_equal(engine.extend(IDS[:30], last_only=False), expected[:30])

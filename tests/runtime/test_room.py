@@ -1,4 +1,4 @@
-"""How much room experts have while a model runs: what nothing else uses yet, and never more than the budget leaves."""
+"""Experts get the memory that nothing else uses yet, and never more than the budget leaves."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ROW = 4 * KIB
 
 
 def budget(**changes):
-    """1 MiB of experts for certain, with 16 MiB promised to a sequence and a chunk."""
+    """Returns a budget with 1 MiB for experts, and 16 MiB reserved for a sequence and a chunk."""
     parts = {
         "process": 10 * MIB, "growth": 5 * MIB, "tables": 0, "dense": 2 * MIB, "kv": 12 * MIB,
         "scratch": 5 * MIB,
@@ -37,7 +37,7 @@ def budget(**changes):
 
 
 def room(budget, *, is_measured=False, is_steady=False):
-    """A room and the cache whose slots it sizes."""
+    """Returns a room, and the cache whose slots it sizes."""
     cache = ExpertStore.dry(
         num_layers=1, num_experts=EXPERTS, level_bits=(8,), level_bytes=(EXPERT,),
         budget_bytes=budget.slots, most_bytes=budget.most_slots,
@@ -53,7 +53,7 @@ def sequence(room, length=0):
 
 
 def run(room, state, count):
-    """A pass of `count` tokens."""
+    """Runs a pass of `count` tokens."""
     batch = Batch.of((state, np.zeros(count, np.int32)))
     room.fit(batch)
     state.ids.extend([0] * count)
@@ -82,7 +82,7 @@ def test_what_a_sequence_does_not_use_yet_holds_experts():
     assert r.size == expected(b, 33 + 512, 512)
     while state.length < 4096:
         run(r, state, min(512, 4096 - state.length))
-    # All that was promised is in use: what is left is what was certain, less the pages' edges.
+    # Everything reserved is in use: experts have their guaranteed part, less partly used pages.
     assert r.size == b.slots - EDGES
 
 
@@ -106,7 +106,7 @@ def test_each_sequence_takes_its_own_and_gives_it_back():
     run(r, second, 40)
     assert r.size == expected(b, 40, 40, sequences=2)
     del first
-    run(r, second, 60)  # wider, so that it is looked at
+    run(r, second, 60)  # wider than before, so that sizes are updated
     assert r.size == expected(b, 100, 60)
 
 
@@ -158,9 +158,9 @@ def test_a_process_that_grows_gives_up_slots_and_gets_them_back():
         run(r, state, 1)
         return r.size
 
-    for _ in range(3):  # until it is warm the reserve stays
+    for _ in range(3):  # the reserve stays until warm
         assert measured() == expected(b, 1, 1)
-    # Now it is not needed: all but what is really there, the slack and the pages to come.
+    # Now experts get the reserve too: everything except the measured memory, the slack and growth to come.
     first = measured()
     assert first == pytest.approx(64 * MIB - MIB - 2 * (STEP + EDGES) - ROW, abs=4 * MIB)
     assert first > expected(b, 1, 1) + 30 * MIB
@@ -171,7 +171,7 @@ def test_a_process_that_grows_gives_up_slots_and_gets_them_back():
 
 
 def touched(size):
-    """Memory of its own: what malloc gives may have been the process's for long."""
+    """Returns newly mapped memory, as malloc could return memory that the process already had."""
     pages = mmap.mmap(-1, size)
     np.frombuffer(pages, np.uint8)[:] = 1
     return pages
@@ -182,7 +182,7 @@ def test_what_is_lent_comes_back_with_the_next_pass():
     b = budget(ram=taken + 64 * MIB, process=taken, dense=0, kv=12 * MIB, experts=4000 * EXPERT)
     r, cache = room(b, is_measured=True)
     state = sequence(r)
-    r.lend(8 * MIB)  # the reserve is for that
+    r.lend(8 * MIB)  # the reserve covers it
     assert r.size == b.slots
     for _ in range(5):
         run(r, state, 1)
@@ -193,7 +193,7 @@ def test_what_is_lent_comes_back_with_the_next_pass():
     assert cache.stats["budget_bytes"] == r.size // 4096 * 4096
     run(r, state, 1)
     assert r.size == pytest.approx(before, abs=2 * MIB)
-    # What did not come back with it is seen at once.
+    # Memory that the borrower kept is noticed at once.
     r.lend(8 * MIB)
     kept = touched(8 * MIB)
     run(r, state, 1)
@@ -209,7 +209,7 @@ def test_measuring_takes_little_time():
     first = r._next_s
     for _ in range(20):
         run(r, state, 1)
-    assert r._next_s == first > 0  # it walks page tables: not again before 200 times as long
+    assert r._next_s == first > 0  # measuring walks page tables, so it waits 200 times as long
 
 
 def test_slots_that_change_do_not_change_an_answer(tiny_moe, monkeypatch):
@@ -219,7 +219,7 @@ def test_slots_that_change_do_not_change_an_answer(tiny_moe, monkeypatch):
         expected_logits += [engine.extend([i]).copy() for i in ids[100:]]
     real = Budget.divide.__func__
 
-    def divide(cls, moe, **arguments):  # room that is all used up in the end
+    def divide(cls, moe, **arguments):  # all of the room is used in the end
         b = real(cls, moe, **arguments)
         b = dataclasses.replace(b, kv=8 * b.expert, kv_step=b.expert, kv_edges=0, growth=0, row=0)
         return dataclasses.replace(b, ram=b.fixed + 2 * b.expert)

@@ -1,4 +1,4 @@
-"""Several sequences run through one forward pass, and each has the same bits as alone."""
+"""Several sequences run in one forward pass, and each has the same bits as alone."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ EXACT = [name for name in SCHEDULERS if name not in ("hobbit", "d2moe", "mc")]
 
 @pytest.fixture(scope="module")
 def alone(tiny_moe):
-    """The logits after every token of each text, each computed for itself."""
+    """The logits after every token of each text, with each text computed by itself."""
     with edgemoe.load(tiny_moe) as engine:
         return [engine.logits(text) for text in TEXTS]
 
@@ -34,7 +34,7 @@ def slots(path, share):
 
 
 def run(model, parts):
-    """Runs the next tokens of some sequences together; returns the logits of each."""
+    """Runs the next tokens of several sequences together; returns the logits of each."""
     batch = Batch.of(*parts)
     hidden = model.forward(batch)
     out = np.empty((len(batch), model.config.vocab_size), np.float32)
@@ -43,13 +43,13 @@ def run(model, parts):
 
 
 def play(model):
-    """Three texts, in steps: prompts apart and together, replies beside a prompt, all at last one token at a time."""
+    """Runs three texts in steps: prompts apart and together, replies beside a prompt, at last all token by token."""
     states = [model.make_state() for _ in TEXTS]
     got = [[] for _ in TEXTS]
     steps = [
         {0: 12},
         {1: 9, 2: 3},
-        {0: 1, 1: 7, 2: 1},  # a prompt's chunk between replies
+        {0: 1, 1: 7, 2: 1},  # a chunk of a prompt between replies
         {0: 1, 1: 1},
         {2: 5, 0: 4},
         *[{0: 1, 1: 1, 2: 1}] * 12,
@@ -70,7 +70,7 @@ def play(model):
 def test_each_sequence_has_the_same_bits_as_alone(tiny_moe, alone, monkeypatch, share, scheduler):
     with_slots(monkeypatch, slots(tiny_moe, share))
     with edgemoe.load(tiny_moe, sequences=3, scheduler=scheduler) as engine:
-        del engine._held.sequence  # the engine's own takes one of three
+        del engine._held.sequence  # the engine's own is one of three
         engine._held.sequence = None
         gc.collect()
         for mine, expected in zip(play(engine.model), alone, strict=True):
@@ -118,7 +118,7 @@ def test_there_are_as_many_sequences_as_the_memory_was_divided_for(tiny_moe):
             three.model.make_state()
         del states[0]
         gc.collect()
-        states.append(three.model.make_state())  # what nobody holds is free again
+        states.append(three.model.make_state())  # a state without references is free again
 
 
 def test_a_batch_is_no_longer_than_a_chunk(tiny_moe, monkeypatch):
@@ -131,7 +131,7 @@ def test_a_batch_is_no_longer_than_a_chunk(tiny_moe, monkeypatch):
 
 
 class Broken:
-    """Lets reads of a file fail, on the disk and not in a mock: the file is cut short, and made whole again."""
+    """A file whose reads fail for a while, on the disk and not in a mock: it is truncated, and then restored."""
 
     def __init__(self, path):
         self.path, self.size = path, os.path.getsize(path)
@@ -152,7 +152,7 @@ class Broken:
 
 @pytest.fixture
 def broken(tmp_path):
-    """A model of eight layers whose last experts cannot be read, and what they are."""
+    """The file of a model of eight layers; tests make its last experts unreadable with `Broken`."""
     from tiny import tiny_checkpoint
 
     from edgemoe.convert.convert import convert

@@ -1,4 +1,4 @@
-"""A device that has the processor's memory and none of its own: one tier, one budget, the processor's bits."""
+"""A device that shares the CPU's memory has one tier of experts and one budget, and gives the CPU's bits."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def test_the_answer_is_the_processors(tiny_moe, monkeypatch, slots, more):
     expected, got = play(tiny_moe, **more), play(tiny_moe, **more, **on_device())
     assert got[:4] == expected[:4]
     stats = got[4]
-    assert stats["device_hits"] == stats["hits"] + stats["misses"] > 0  # all ran there
-    assert stats["device_bytes_in"] == 0  # and nothing lies twice
+    assert stats["device_hits"] == stats["hits"] + stats["misses"] > 0  # all ran on the device
+    assert stats["device_bytes_in"] == 0  # and nothing was copied
     assert stats["device_bytes"] == stats["resident_bytes"] <= stats["budget_bytes"]
 
 
@@ -52,7 +52,7 @@ def test_levels_that_rise_read_what_is_missing(tiny_moe):
         for a, b in zip(shared.decode(4, level), plain.decode(4, level), strict=True):
             assert (a == b).all()
         assert shared.stats["bytes_read"] == plain.stats["bytes_read"]
-        assert shared.stats["resident_bytes"] == each  # a slot is a whole one
+        assert shared.stats["resident_bytes"] == each  # a slot has a whole expert
     shared.check_integrity()
 
 

@@ -1,4 +1,4 @@
-"""What other threads may do while one computes: ask for statistics, and wait for the end; the rest is refused."""
+"""While one thread computes, others may ask for statistics and wait for the end; anything else is refused."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ IDS = np.random.default_rng(1).integers(0, 256, 60)
 
 
 class Gate(Observer):
-    """Holds the engine in a layer until it is opened."""
+    """An observer that holds the engine in a layer until it is opened."""
 
     def __init__(self) -> None:
         self.is_inside, self.open = threading.Event(), threading.Event()
@@ -26,7 +26,7 @@ class Gate(Observer):
 
 
 def started(target):
-    """Runs something on another thread; returns it and what it will have raised."""
+    """Runs a function on another thread; returns the thread and a list of what it raises."""
     raised = []
 
     def run():
@@ -62,7 +62,7 @@ def test_statistics_may_be_polled_while_a_reply_is_made(tiny_moe):
         assert last.new_tokens == 24
         for name in ("hits", "misses", "bytes_read", "new_tokens", "logits_hash"):
             assert getattr(last, name) == getattr(expected, name)
-        assert {s.logits_hash for s in polled} <= {"", *hashes}  # never of logits half written
+        assert {s.logits_hash for s in polled} <= {"", *hashes}  # never of half-written logits
         for name in ("hits", "misses", "new_tokens", "bytes_read"):
             values = [getattr(s, name) for s in polled]
             assert values == sorted(values)

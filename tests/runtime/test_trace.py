@@ -1,4 +1,4 @@
-"""What a trace records, and that it comes back."""
+"""What a trace records, and that it reads back as written."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def header(**fields):
 
 
 def batch(position, *ids):
-    """Tokens that come after `position` others in a sequence without layers."""
+    """Returns a batch of tokens that follow `position` others in a sequence without layers."""
     state = SequenceState([], 1 << 20)
     state.commit([0] * position)
     return Batch.of((state, np.array(ids, np.int32)))
 
 
 def single(layer, experts, bits, rows, ahead=None):
-    """One token's routing, and a plan for it."""
+    """Returns one token's routing, and a plan for it."""
     experts = np.array([experts], np.int32)
     routing = Routing(
         layer, experts, np.array([[0.75, 0.25]], np.float32),
@@ -101,9 +101,9 @@ def test_single_tokens_chunks_skips_and_look_ahead_become_records(tmp_path):
     writer.end()
     writer.begin(batch(2, 9))
     writer.planned(*single(0, [3, 1], [4, 2], [1, 0]), residency)
-    residency[0] = 2  # what the writer keeps must be its own
+    residency[0] = 2  # the writer must have copied it
     writer.done(500, 0.25)
-    writer.planned(*single(1, [4, 0], [4], [-1, 0], ahead=[[3, 5]]), residency)  # broken off
+    writer.planned(*single(1, [4, 0], [4], [-1, 0], ahead=[[3, 5]]), residency)  # breaks off
     writer.begin(batch(2, 9))
     writer.planned(*single(0, [0, 5], [2, 4], [0, 1]), residency)
     writer.done(700, 0.5)
@@ -131,7 +131,7 @@ def test_many_tokens_are_written_in_blocks_and_a_cut_end_is_left_out(tmp_path):
         for layer in range(2):
             writer.planned(*single(layer, [t % 6, (t + 1) % 6], [4, 4], [0, 1]), residency)
             writer.done(t, t / 1000)
-    assert path.stat().st_size > 10_000  # not all at the end
+    assert path.stat().st_size > 10_000  # written meanwhile, not only at the end
     writer.close()
     trace = read(path)
     assert trace.by_token("experts").tolist() == [[[t % 6, (t + 1) % 6]] * 2 for t in range(1500)]
