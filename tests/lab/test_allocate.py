@@ -1,4 +1,4 @@
-"""Bits per expert: the rules against brute force and worked examples, the file, and running with it."""
+"""Bits per expert: the rules agree with brute force and worked examples; the allocation file, and running with it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TEXT = "".join(f"line {i}: the quick brown fox, {i * i} times. " for i in range(
 
 
 def brute_force(cost, bits, total, need):
-    """Returns the least cost of any choice, by trying all."""
+    """Returns the least cost of any valid choice, by trying all."""
     best = np.inf
     for choice in itertools.product(range(len(bits)), repeat=len(cost)):
         if sum(bits[c] for c in choice) <= total and set(need) <= set(choice):
@@ -96,7 +96,7 @@ def test_super_experts():
     quiet = np.linspace(1, 2, 8 * 64).reshape(8, 64)
     loud = quiet.copy()
     loud[1, 7], loud[3, 0] = 300, 500
-    loud[7, 7] = 9000  # in the last quarter: ordinary there
+    loud[7, 7] = 9000  # in the last quarter of layers, where it is ordinary
     assert rules.super_experts(loud) == [(1, 7), (3, 0)]
     loud[1, 7] = 49  # above the percentile, but not above a tenth of the largest
     assert rules.super_experts(loud) == [(3, 0)]
@@ -309,7 +309,7 @@ def test_store(tiny_moe, calibrated, tmp_path):
         assert engine.notes[0].startswith("lossy: experts at 3.00 bits on average")
         first = engine.stats.logits_hash
     run[run.index("3")] = "2.5"
-    assert main(run) == 0  # replaces it
+    assert main(run) == 0  # replaces the stored allocation
     with edgemoe.load(model, bits="auto") as engine:
         engine.logits([1, 2, 3])
         assert engine.stats.logits_hash != first

@@ -1,4 +1,4 @@
-"""D2MoE's trained routers of precisions: training in torch, their bytes, and d2moe that uses them."""
+"""D2MoE's trained bit routers: training in torch, their stored form, and the d2moe scheduler that uses them."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def copy(tiny_moe, tmp_path) -> Path:
 
 
 class Gates(Observer):
-    """Remembers the gates of every layer."""
+    """An observer that records the gates of every layer."""
 
     def __init__(self) -> None:
         self.gates: dict[int, list[np.ndarray]] = {}
@@ -116,7 +116,7 @@ def test_the_model_in_torch_is_nearly_the_engine(tiny_moe):
 
 
 def test_the_routed_models_loss_is_that_of_the_chosen_bits(tiny_moe):
-    """With routers that are sure of one level, the divergence is that of the engine's file at this level."""
+    """If routers always choose one level, the divergence is that of the model at this level."""
     moe = open_moe(tiny_moe)
     model = Routed(moe, (2, 4), rate=0.01)
     ids = np.array([families.random_ids(40)], np.int32)
@@ -136,7 +136,7 @@ def test_the_routed_models_loss_is_that_of_the_chosen_bits(tiny_moe):
 
 
 def test_a_level_of_0_leaves_out_all_but_the_best_expert(tiny_moe):
-    """Routers that are sure of 0 bits leave each token its best expert, which runs at the next level."""
+    """If routers always choose 0 bits, each token keeps its best expert, which runs at the next level."""
     moe = open_moe(tiny_moe)
     model = Routed(moe, (0, 8), rate=0.01)
     model.bias.data[:, :, 0] = 100.0
@@ -159,14 +159,14 @@ def test_a_level_of_0_leaves_out_all_but_the_best_expert(tiny_moe):
 
 
 def test_gradients_tell_how_a_precision_would_change_the_loss(tiny_moe):
-    """The derivative with respect to a probability is that of mixing in the other precision's output."""
+    """The derivative for a probability is that of mixing in the output of the other precision."""
     moe = open_moe(tiny_moe)
     ids = np.array([families.random_ids(16)], np.int32)
 
     def loss(bias: float) -> tuple[float, Routed]:
         model = Routed(moe, (2, 8), rate=0.01)
-        model.bias.data[:, :, 0] = 100.0  # 2 bits, surely
-        model.bias.data[1, :, 1] = bias  # of the last layer, which no other follows
+        model.bias.data[:, :, 0] = 100.0  # always 2 bits
+        model.bias.data[1, :, 1] = bias  # in the last layer, so that no other layer changes
         total, _ = model.loss(ids, alpha=0.0, capacities=None, seed=0)
         total.backward()
         return float(total.detach()), model
@@ -207,11 +207,11 @@ def train(path, out, *, steps=12, text=TEXT, **changes):
 def test_the_loss_falls(tiny_moe, tmp_path):
     found, rows = train(tiny_moe, tmp_path / "x", steps=30, alpha=0.0, rate=0.01)
     assert [row.step for row in rows] == [10, 20, 30]
-    assert rows[-1].divergence < 0.5 * rows[0].divergence  # bits are free: it takes them
+    assert rows[-1].divergence < 0.5 * rows[0].divergence  # bits cost nothing, so it uses them
     assert rows[-1].bits > rows[0].bits + 1
     assert found.weight.shape == (L, E, 3, D)
     _, rows = train(tiny_moe, tmp_path / "y", steps=30, alpha=100.0, rate=0.1)
-    assert rows[-1].bits < 3  # bits are dear; routers begin at 5 on average
+    assert rows[-1].bits < 3  # bits are expensive; routers begin at 5 on average
 
 
 def test_alpha_is_steered_to_the_average(tiny_moe, tmp_path):
@@ -223,7 +223,7 @@ def test_alpha_is_steered_to_the_average(tiny_moe, tmp_path):
 
 
 def test_routers_begin_as_the_rule_of_gates(tiny_moe, tmp_path):
-    """Untrained, they give more bits to larger gates, and each precision its share."""
+    """Untrained routers give more bits to larger gates, and use each precision as often as its share says."""
     settings = RouterSettings(levels=(2, 3, 4), window=32)
     assert settings.shares == pytest.approx([0.3, 0.4, 0.3])
     model = Routed(open_moe(tiny_moe), settings.levels, rate=0.01)
@@ -415,7 +415,7 @@ def test_the_largest_logit_chooses_up_to_bits():
 
 
 def test_the_papers_example_of_demand_with_trained_bits():
-    """Three requests on an expert, one at 2 bits and two at 3: its base plane is used 3 times, the next one 2."""
+    """Three requests for an expert, one at 2 bits and two at 3: its base plane is used 3 times, the next one twice."""
     d = D2moe(setting(routers(levels=(2, 3, 4))))
     one = np.eye(3, dtype=np.float32)
     experts = np.array([[2, 5], [2, 5], [2, 6], [6, 7]], np.int32)
@@ -424,7 +424,7 @@ def test_the_papers_example_of_demand_with_trained_bits():
         0, experts, np.full((4, 2), 0.5, np.float32), bit_logits=one[np.array(chosen)]
     )  # fmt: skip
     plan = d.plan(r, np.zeros((L, E), np.int8))
-    # Demand of planes: expert 2 has 3, 2; 5 has 2 at 2 bits and 1 up to 4; 6 has 2; 7 has 1.
+    # Demand for planes: expert 2 has 3 and 2; expert 5 has 2 at 2 bits and 1 up to 4; expert 6 has 2; expert 7 has 1.
     assert list(zip(plan.experts.tolist(), plan.bits.tolist(), strict=True)) == [
         (2, 2), (2, 3), (5, 2), (6, 2), (5, 4), (7, 2),
     ]  # fmt: skip
@@ -487,7 +487,7 @@ def test_slot_scores_are_each_experts_own_linear_layer(isa):
 
 
 class Bits(Observer):
-    """Remembers the bits and logits of every slot, token by token."""
+    """An observer that records the bits and logits of every slot, token by token."""
 
     def __init__(self) -> None:
         self.seen: dict[int, list[np.ndarray]] = {}
@@ -517,7 +517,7 @@ def test_a_prompt_and_its_tokens_one_by_one_take_the_same_bits(copy, levels):
         np.testing.assert_array_equal(many, single)
         said = np.array(found[0].logits[layer])
         if levels[0] == 0:
-            said[:, 0, 0] = -np.inf  # not for a token's best expert
+            said[:, 0, 0] = -np.inf  # 0 bits are never for a token's best expert
         np.testing.assert_array_equal(many, np.array(levels)[said.argmax(-1)])
         assert len(set(many.ravel().tolist())) == 3
     assert logits[0] == logits[1]

@@ -1,4 +1,4 @@
-"""Calibration: the sums against a plain numpy forward pass, resuming, rare experts, imatrix, the command."""
+"""Calibration: its sums agree with a plain numpy forward pass; resuming, rare experts, imatrix, the command."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def made(tiny_moe, tmp_path_factory):
 
 
 class Sums(dict):
-    """Adds up arrays by name."""
+    """Sums of arrays, by name."""
 
     def add(self, name, value):
         self[name] = self.get(name, 0) + value
@@ -54,7 +54,7 @@ class Sums(dict):
 
 
 def reference_sums(decoded, windows):
-    """Runs the reference's layers and collects what flows into each matrix."""
+    """Runs the reference's layers, and sums the inputs of each matrix."""
     config, sums = decoded.config, Sums()
     for ids in windows:
         x = decoded.tensors["embed"][ids] * config.embedding_multiplier
@@ -96,7 +96,7 @@ def reference_sums(decoded, windows):
     return sums
 
 
-# Mamba-2 and FFNs without a gate, Mamba-2, short convolutions, delta rules whose decays come through a rank.
+# Mamba-2 with ungated FFNs, Mamba-2, short convolutions, and delta rules with low-rank decays.
 @pytest.mark.parametrize("name", ["nemotron_h", "granitemoehybrid", "lfm2_moe", "kimi_linear"])
 def test_the_input_of_every_matrix_is_summed(name, tmp_path):
     convert(HFCheckpoint(families.make(name, tmp_path / "hf")), tmp_path / "x.moe")
@@ -118,7 +118,7 @@ def test_the_input_of_every_matrix_is_summed(name, tmp_path):
     write_calibration(tmp_path / "x.calib", tensors, meta)
     c = Calibration(tmp_path / "x.calib")
     c.check(config)
-    heads = ("k_b", "v_b")  # see a row for each head
+    heads = ("k_b", "v_b")  # these get one row for each head
     for matrix, spec in dense_tensors(config).items():
         if spec.kind == "nested" and (config.tied or matrix != "embed"):
             assert c.count(matrix) == len(ids) or matrix.endswith(heads), matrix
@@ -131,7 +131,7 @@ def silu(x):
 
 
 def close(ours, theirs, *, within=0.02):
-    """The engine's activations are 8-bit, so that a few per cent are between it and the reference."""
+    """Checks that sums agree with the reference's within 2%: the engine's activations have 8 bits."""
     error = np.linalg.norm(np.asarray(ours, np.float64) - theirs)
     assert error <= within * np.linalg.norm(theirs)
 
@@ -158,7 +158,7 @@ def test_sums_are_those_of_a_plain_forward_pass(tiny_moe, made):
         for e in range(moe.config.num_experts):
             p = f"experts.{i}.{e}."
             n = sums[p + "gate.count"]
-            assert abs(c.count(p + "gate") - n) <= 4  # choices may be close
+            assert abs(c.count(p + "gate") - n) <= 4  # routers may have near ties
             if c.count(p + "gate") != n or n < 10:
                 continue
             compared += 1
@@ -186,7 +186,7 @@ def test_one_matrix_for_all_experts_of_a_layer(tiny_moe, made, tmp_path):
     mine.check(config)
     mine.verify()
     for layer in config.moe_layers:
-        # The shared expert takes the same, and all that was routed is each token as often.
+        # The shared expert has the same inputs as all routed experts together, which get each token equally often.
         shared = mine.matrix(f"layers.{layer}.shared.gate")
         assert np.array_equal(shared, whole.matrix(f"layers.{layer}.shared.gate"))
         for name in (f"experts.{layer}.0.gate", f"experts.{layer}.7.up"):
@@ -212,15 +212,15 @@ def test_errors_are_the_change_of_the_layers_output(tiny_moe, made):
     error2, counts = c.layer(layer, "error2"), c.layer(layer, "count")
     assert (error2[:, -1] == 0).all()
     assert (np.diff(error2[counts > 10], axis=1) < 0).all()
-    # Few moments describe a change well where it is linear: in w_down alone, with inputs as calibrated.
+    # Moments describe the change of the output well where it is linear: for w_down alone, on the calibrated inputs.
     e = int(np.argmax(counts))
     row = layer * moe.config.num_experts + e
     low, high = store.cache.decode(row, 3)[2], store.cache.decode(row, 5)[2]
     change = low.astype(np.float64) - high
     per_token = np.einsum("ij,jk,ik->", change, c.matrix(f"experts.{layer}.{e}.down"), change)
     gates2 = c.layer(layer, "gates2")[e]
-    assert 0.2 < per_token * gates2 / error2[e, 2] < 1  # w_gate and w_up add theirs
-    # The sum of norms over windows, and of their squares.
+    assert 0.2 < per_token * gates2 / error2[e, 2] < 1  # w_gate and w_up add to it
+    # `error` sums norms over windows, and `error2` sums their squares.
     windows = int(c.meta["tokens"]) // int(c.meta["window"])
     error = c.layer(layer, "error")
     assert (error**2 <= windows * error2 * (1 + 1e-9)).all()
@@ -232,7 +232,7 @@ class Stopped(Exception):
 
 
 def stop_at(*at):
-    """Returns what is told of progress, and breaks off when it is told one of these; and what it was told."""
+    """Returns a progress callback that raises Stopped at each of these counts in turn, and the counts it was given."""
     seen, left = [], list(at)
 
     def stop(done, total):
@@ -246,7 +246,7 @@ def stop_at(*at):
 
 @pytest.mark.parametrize("full", [True, False])
 def test_a_run_that_was_interrupted_goes_on(tiny_moe, made, tmp_path, full):
-    """It goes on behind the last layer that was done, whatever the memory; of the two each has N windows."""
+    """It goes on after the last layer that was done, whatever the memory. Both layers have n windows."""
     out, run = tmp_path / "again.calib", {"full": full, "window": WINDOW, "threads": 2}
     n = len(windows_of(open_moe(tiny_moe), TEXT, window=WINDOW, count=None))
     stop, seen = stop_at(1, n + 2, 2 * n)
@@ -296,7 +296,7 @@ def test_parts_of_another_text_or_form_are_not_used(tiny_moe, tmp_path):
     for text, layers in ((TEXT[7:], False), (TEXT, True)):
         with pytest.raises(Stopped):
             calibrate(tiny_moe, text, out, layers=layers, window=WINDOW, progress=stop_at(1)[0])
-        assert is_begun(out)  # until a layer is done, and as long as it is not asked for
+        assert is_begun(out)  # kept until another run has done a layer
     calibrate(tiny_moe, TEXT[7:], out, window=WINDOW, progress=stop)
     assert seen[n + 1] == 1
 
@@ -326,9 +326,9 @@ def test_checksums_are_four_bytes_a_row_and_counted(tiny_moe, tmp_path, monkeypa
     calibrate(tiny_moe, TEXT, tmp_path / "y", full=True, window=WINDOW, count=2, more=TEXT)
     config, made = open_moe(tiny_moe).config, Calibration(tmp_path / "y")
     tokens = int(made.meta["tokens"])
-    counts = 2 * 8 * config.num_experts * config.num_layers  # of two windows at a time
+    counts = 2 * 8 * config.num_experts * config.num_layers  # for two windows at a time
     assert books[0] == 4 * 2 * WINDOW * config.hidden_size + counts
-    # Two rows of each layer for every token, three times.
+    # Two float32 of each layer for every token, three times.
     form = moments.SumForm(made.bits, tokens, "full")
     sums = moments.sum_bytes(moments.sum_forms(config, 1, form, is_filed=False))
     assert (
@@ -364,7 +364,7 @@ def test_a_disk_that_is_too_small_is_seen_before_the_work(tiny_moe, tmp_path, mo
 
 
 def test_a_disk_that_sufficed_suffices_to_go_on(tiny_moe, tmp_path, monkeypatch):
-    """Of the two states that it asks for one is there then."""
+    """A run asks for room for two states; when it goes on, one of them is on the disk already."""
     out, run = tmp_path / "x.calib", {"window": WINDOW, "threads": 1}
     n = len(windows_of(open_moe(tiny_moe), TEXT, window=WINDOW, count=None))
     usage, disk = shutil.disk_usage(tmp_path), 0
@@ -396,7 +396,7 @@ def test_a_link_of_others_beside_it_is_not_followed(tiny_moe, tmp_path, kind):
 
 
 def test_of_a_link_what_it_leads_to_is_made(tiny_moe, tmp_path):
-    """Its parts lie beside that; a device or a pipe is no place for it."""
+    """If the output is a link, its target is written, with parts beside the target. A folder or pipe is refused."""
     link, far = tmp_path / "link.calib", tmp_path / "far"
     far.mkdir()
     link.symlink_to("far/real.calib")
@@ -422,7 +422,7 @@ def test_of_a_link_what_it_leads_to_is_made(tiny_moe, tmp_path):
 
 
 def test_inputs_stand_for_their_products(tiny_moe, made, tmp_path, monkeypatch):
-    """Of a short text the inputs are kept, of a long one their products: what is read of both is the same."""
+    """For a short text the inputs are kept, for a long one their products: both give the same matrices."""
     monkeypatch.setattr(moments, "keeps_rows", lambda config, tokens: False)
     calibrate(tiny_moe, TEXT, tmp_path / "x", full=True, window=WINDOW, threads=1)
     summed, kept = Calibration(tmp_path / "x"), Calibration(made)
@@ -444,7 +444,7 @@ def test_inputs_stand_for_their_products(tiny_moe, made, tmp_path, monkeypatch):
 
 
 def test_more_text_is_taken_until_experts_have_seen_enough(tiny_moe, tmp_path, monkeypatch):
-    """A text that repeats itself starves experts; what they gain comes from the other one, and no more than needed."""
+    """A repetitive text starves experts; more text is taken from a second one, and no more than needed."""
     skewed, more = "aaaa" * (WINDOW // 2), "".join(map(chr, range(33, 126))) * 16
     monkeypatch.setattr(lab, "ENOUGH", 40)
     monkeypatch.setattr(balanced, "ENOUGH", 40)
@@ -465,13 +465,13 @@ def test_more_text_is_taken_until_experts_have_seen_enough(tiny_moe, tmp_path, m
     assert min(n.min() for n in after.values()) >= 40
     tokens = int(filled.meta["tokens"])
     assert tokens < len(skewed) + len(more) // WINDOW * WINDOW
-    # One window less was not enough, and the first text is there whole.
+    # One window less would not have been enough, and the whole first text is used.
     whole = f"{skewed}{more}"[: tokens - WINDOW]
     short = tmp_path / "c"
     assert calibrate(tiny_moe, whole, short, window=WINDOW, threads=1)
     assert (after[0] >= counts[0]).all()
 
-    # Products are of the same text; what is stopped goes on, and what was counted is not counted again.
+    # Products are taken of the same text. An interrupted run goes on, and does not count again what was counted.
     stop, counted = stop_at(2 * len(skewed) // WINDOW + 1)
     for _ in range(2):
         with pytest.raises(Stopped):
@@ -521,7 +521,7 @@ def test_other_files_are_refused(tmp_path, content):
 
 
 def entries(seed=0):
-    """An imatrix's sums and counts for the tiny model, by llama.cpp's names."""
+    """Returns the sums and counts of an imatrix for the tiny model, by llama.cpp's names."""
     rng = np.random.default_rng(seed)
     out = {}
     for i in range(2):
@@ -580,7 +580,7 @@ def test_imatrix(tiny_moe, tmp_path, write):
 
 
 def planted(path, names):
-    """Writes an imatrix of one token, whose sums for the n-th name begin at n; returns these by name."""
+    """Writes an imatrix of one token, in which the sums of the n-th name begin at n; returns the sums by name."""
     values = {
         f"blk.{name}.weight": (1 + n + np.arange(cols, dtype=np.float32)[None], np.ones(1, int))
         for n, (name, cols) in enumerate(names.items())
@@ -590,7 +590,7 @@ def planted(path, names):
 
 
 def test_an_imatrix_of_recurrent_layers(tmp_path):
-    """Of Qwen3.5 value heads lie in another order in a GGUF file: in turns for the key heads, 2 for each of 2 here."""
+    """In GGUF files of Qwen3.5 the value heads of key heads are interleaved: here two for each of two key heads."""
     convert(HFCheckpoint(families.make("qwen3_5_moe", tmp_path / "hf")), tmp_path / "x.moe")
     names = {"0.attn_qkv": 64, "0.ssm_out": 64, "1.attn_q": 64, "1.attn_output": 96}
     sums = planted(tmp_path / "im", names)
@@ -605,7 +605,7 @@ def test_an_imatrix_of_recurrent_layers(tmp_path):
 
 
 def test_an_imatrix_of_layers_that_are_stored_apart(tmp_path):
-    """Nemotron's mixers and FFNs are blocks of their own: mamba, moe, mamba, attention, moe."""
+    """Nemotron's mixers and FFNs are separate blocks: mamba, moe, mamba, attention, moe."""
     convert(HFCheckpoint(families.make("nemotron_h", tmp_path / "hf")), tmp_path / "x.moe")
     names = {
         "0.ssm_in": 64, "0.ssm_out": 128, "1.ffn_up_shexp": 64, "1.ffn_down_shexp": 48, "2.ssm_in": 64,
@@ -663,7 +663,7 @@ def test_command(tiny_moe, tmp_path, capsys):
     assert "exists; --overwrite replaces it" in capsys.readouterr().err
     assert main([*run, "--overwrite", "--window", "100000"]) == 2
     before = tiny_moe.read_bytes()
-    for target in (tiny_moe, text):  # a slip of the hand
+    for target in (tiny_moe, text):  # by mistake
         assert (
             main(
                 ["calibrate", str(tiny_moe), "--text", str(text), "-o", str(target), "--overwrite"]

@@ -54,7 +54,7 @@ def test_a_long_text_takes_several_passes(monkeypatch: pytest.MonkeyPatch) -> No
     in_pieces, steps = recorded()
     assert steps[-1] == (9, 9)
     assert len(in_pieces) == len(at_once)
-    # What differs is the order in which matrix products add, and the rounding to 16 bits.
+    # Results differ only by the order of additions in matrix products, and by the rounding to 16 bits.
     difference = np.abs(np.frombuffer(in_pieces, "<u2") - np.frombuffer(at_once, "<u2").astype(int))
     assert np.percentile(difference, 90) <= 1
 

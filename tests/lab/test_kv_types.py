@@ -1,4 +1,4 @@
-"""Types of keys and values for each layer: the choice against brute force, the table, and running with it."""
+"""Types of keys and values for each layer: the choice agrees with brute force; the table, and running with it."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_a_table_is_asked_for_and_found(tiny_moe, tmp_path):
 
 
 def test_each_layer_has_its_own_types(tiny_moe):
-    """The same bits in any chunks; the budget, and what is said, are those of the types."""
+    """Chunks do not change the bits; the budget and the notes are those of the layers' types."""
     options = {"kv_table": table(tiny_moe), "context": 512, **AUTO}
     with edgemoe.load(tiny_moe, **options) as engine:
         whole = engine.logits(IDS)
@@ -113,7 +113,7 @@ def test_each_layer_has_its_own_types(tiny_moe):
             "f32", spec.num_kv_heads, 512, spec.head_dim
         )
         mixed = engine.logits(IDS)
-    for kinds in (("f16", "f32"), ("q4_0", "f32")):  # of layer 1 and of layer 0
+    for kinds in (("f16", "f32"), ("q4_0", "f32")):  # the types of layer 1, and of layer 0
         with edgemoe.load(tiny_moe, cache_type_k=kinds[0], cache_type_v=kinds[1]) as engine:
             assert not np.array_equal(engine.logits(IDS), mixed)
 
@@ -129,7 +129,7 @@ def test_equal_types_in_all_layers_are_a_type(tiny_moe):
 
 
 def test_those_that_cost_least_are_chosen(tiny_moe, monkeypatch):
-    """Of measured losses, by trying all choices."""
+    """The choice has the least sum of measured losses, found by trying all choices."""
     windows = np.random.default_rng(1).integers(0, 256, (1, 40)).astype(np.int32)
     costs = []
     real = rules.cheapest

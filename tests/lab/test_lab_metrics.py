@@ -1,4 +1,4 @@
-"""Routing metrics: examples worked by hand, and brute force on small cases."""
+"""Routing metrics agree with examples worked by hand, and with brute force on small cases."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from edgemoe.lab.routing.metrics import (
 
 
 def column(*experts):
-    """One layer, one expert per token."""
+    """Returns the routing of one layer with one expert per token."""
     return np.array(experts).reshape(-1, 1, 1)
 
 
 def routing(seed, T, L, E, K):
-    """Random, with locality: half of the time a token keeps the experts of the one before."""
+    """Returns a random routing with locality: half of the time a token keeps the experts of the one before."""
     rng = np.random.default_rng(seed)
     out = np.empty((T, L, K), np.int64)
     for t, layer in itertools.product(range(T), range(L)):
@@ -43,7 +43,7 @@ def test_srp_of_an_example_worked_by_hand():
     assert counts.counts[0, 0].tolist() == [[1, 2, 1], [1, 2, 1]]
     one = srp(counts, layer=0, expert=0)
     assert (one.f1, one.size, one.threshold) == (pytest.approx(0.8), pytest.approx(1.5), 1)
-    # Both experts look alike here, and so does the layer; a perfect block has SRP 1.
+    # Both experts have the same SRP here, and so has the layer; a perfect block has SRP 1.
     assert srp(counts, layer=0).f1 == pytest.approx(0.8)
     still = segment_counts(column(3, 3, 3, 3), 4, window=2)
     assert (srp(still).f1, srp(still).size, srp(still).threshold) == (1, 1, 1)
@@ -94,7 +94,7 @@ def test_the_interval_holds_the_value_and_repeats():
 
 
 def slow_hits(tokens, slots, rule, window):
-    """The definition, step by step, with no state but the past and the future."""
+    """Returns the hits by the definition, step by step, from nothing but past and future tokens."""
     here, hits, clock, last, order = set(), 0, 0, {}, []
     for t, now in enumerate(tokens):
         hits += sum(e in here for e in now)
@@ -102,7 +102,7 @@ def slow_hits(tokens, slots, rule, window):
             if e not in here and len(here) == slots:
 
                 def worth(x, t=t, k=k):
-                    # Uses of this token that have not entered yet are still to come.
+                    # This token's experts that are not in the cache yet are still to come.
                     left = [*([tokens[t][k:]]), *tokens[t + 1 :]]
                     uses = [i for i, token in enumerate(left) if x in token]
                     if rule == "lru":
@@ -110,7 +110,7 @@ def slow_hits(tokens, slots, rule, window):
                     if rule == "lfu":
                         return (order.count(x), last.get(x, 0))
                     if rule == "sch":
-                        # The window moves on when an expert's own use is over, or the token is.
+                        # The window advances after the expert's own use in this token, or after the token.
                         return (
                             sum(i < window for i in uses),
                             last.get(x, 0),
@@ -141,9 +141,9 @@ def test_hit_rates_equal_the_definition(rule, E, K, slots):
 def test_sch_counts_the_next_tokens_and_breaks_ties_by_age():
     # At the third token, 0 and 1 are both used once in the next 3 tokens: 0, the older one, goes.
     assert hit_rate(column(0, 1, 2, 1, 0), 3, 2, "sch", window=3)[0] == 1 / 5
-    # With a window of 2 only expert 1 is seen coming in time; it is the same one.
+    # With a window of 2 only the use of expert 1 is in sight: 0 goes again.
     assert hit_rate(column(0, 1, 2, 1, 0), 3, 2, "sch", window=2)[0] == 1 / 5
-    # LRU drops 0 as well. Here the future knows better: 0 comes twice, 1 never again.
+    # LRU drops 0 as well. Here the future helps: 0 comes twice more, and 1 never again.
     assert hit_rate(column(0, 1, 2, 0, 0), 3, 2, "sch", window=3)[0] == 2 / 5
     assert hit_rate(column(0, 1, 2, 0, 0), 3, 2, "lru")[0] == 1 / 5
 
@@ -176,7 +176,7 @@ def test_a_pool_of_all_layers_and_the_shuffled_control():
     )
     assert hit_rate(pool, 18, 18, "lru")[0] == pytest.approx(
         1 - 18 / (300 * 6)
-    )  # only the start is cold
+    )  # misses only at the start
     local = hit_rate(pool, 18, 9, "lru")[0]
     control = hit_rate(merged(shuffled(experts), 6), 18, 9, "lru")[0]
     assert local > control + 0.05  # this routing has locality, and the control has none

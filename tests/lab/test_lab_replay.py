@@ -27,7 +27,7 @@ SIZE = 4096
 
 
 def made(experts, E, *, chunk=0, bits=4, ahead=None, times=None):
-    """A trace of experts [T, L, K], the first `chunk` tokens at once."""
+    """Returns a trace of experts [T, L, K], whose first `chunk` tokens are one pass."""
     T, L, K = experts.shape
     p = 0 if ahead is None else ahead.shape[2]
     header = TraceHeader(
@@ -75,7 +75,7 @@ def test_a_real_run_has_exactly_the_hits_of_its_replay(tiny_moe, tmp_path, num_e
     assert (got.hits > 0, got.misses > 0) == (True, num_experts < 16)
     resident = read(path).by_token("resident", single=True) > 0
     assert got.hits == resident.sum()
-    if num_experts < 8:  # everything was a single token
+    if num_experts < 8:  # the whole trace is single tokens
         assert got.evictions == real["evictions"] > 0
         assert got.bytes_read == real["bytes_read"]
         assert got.average_bits == bits
@@ -175,15 +175,15 @@ TIMING = Timing(before_us=(10.0, 10.0), expert_us=4.0, miss_us=0.0, latency_us=5
 
 
 def test_a_layer_takes_what_one_can_work_out_by_hand():
-    # Two experts in memory, 8 µs; one read of 40 bytes: 5 + 20, then 5 more to compute it.
+    # Two experts in memory take 8 µs. One read of 40 bytes takes 5 + 20 µs, and computing it 5 more.
     play = Pipeline(TIMING)
     play.layer(10.0, [4.0, 4.0], [(40, 5.0)])
     assert (play.now, play.wait_us) == (10 + 25 + 5, 25 - 8)
-    # Two reads share the link and hide each other's latency: 25, 45; the first is computed meanwhile.
+    # Two reads share the disk and hide each other's latency: they end at 25 and 45; the first is computed meanwhile.
     play = Pipeline(TIMING)
     play.layer(0.0, [], [(40, 5.0), (40, 5.0)])
     assert (play.now, play.wait_us) == (50, 25 + 15)
-    # A read ahead that ends before its layer costs nothing there; one that does not is waited for.
+    # A read ahead that ends before its layer costs nothing; one that does not is waited for.
     play = Pipeline(TIMING)
     play.layer(0.0, [4.0], [], wanted=[0], ahead=[(7, 40)])
     play.layer(100.0, [4.0], [], wanted=[7])
@@ -192,11 +192,11 @@ def test_a_layer_takes_what_one_can_work_out_by_hand():
     play.layer(0.0, [4.0], [], wanted=[0], ahead=[(7, 40)])
     play.layer(10.0, [4.0], [], wanted=[7])
     assert play.now == pytest.approx(25 + 4)  # asked for at 0
-    # What misses cost on top is shared by those of a layer.
+    # The extra cost of a miss is shared by the misses of a layer.
     play = Pipeline(dataclasses.replace(TIMING, miss_us=6.0))
     play.layer(0.0, [], [(40, 0.0)] * 4)
     assert play.now == 5 + 4 * 20 + 3
-    # What is wanted now goes before what waits for its turn.
+    # A read that is wanted now goes before reads ahead that wait in the queue.
     play = Pipeline(TIMING)
     play.layer(0.0, [], [(40, 5.0)], ahead=[(7, 4000), (8, 4000), (9, 4000), (5, 4000)])
     assert play.now == 30
@@ -205,7 +205,7 @@ def test_a_layer_takes_what_one_can_work_out_by_hand():
 def test_progressive_compute_uses_idle_moments_only():
     at_once = dataclasses.replace(TIMING, latency_us=0.0, rate=1.0)
     for share, now, wait in [(0.0, 49.0, 31.0), (2 / 3, 43.0, 25.0)]:
-        # Two reads of 20 arrive at 20 and 40; of computing that takes 9 each, 6 fit into each wait.
+        # Two reads of 20 bytes end at 20 and 40. Of 9 µs of computing for each, 6 can be done while waiting.
         play = Pipeline(at_once, progressive=share)
         play.layer(0.0, [], [(20, 9.0), (20, 9.0)])
         assert (play.now, play.wait_us) == (pytest.approx(now), pytest.approx(wait))
@@ -295,7 +295,7 @@ def test_perfect_look_ahead_hides_reads_and_is_told_apart():
     assert guesses["router ahead", 1].recall == 1
     assert guesses["router ahead", 1].useful == 1
     assert guesses["frequency", 0].recall < 0.9
-    # A layer that repeats the one before is what a transition table learns.
+    # A layer that repeats the one before is predictable from transitions.
     copied = experts.copy()
     copied[:, 1] = (experts[:, 0] + 3) % 16
     again = {(g.name, g.distance): g for g in predictions(made(copied, 16), None)}
@@ -350,9 +350,9 @@ def test_a_device_over_the_memory_says_what_vram_is_worth():
     assert mine[0]["hit_rate"] == study(trace, ways, [whole // 2], timing=None)[-3]["hit_rate"]
     there, hits = ([r[name] for r in mine] for name in ("device_rate", "hit_rate"))
     assert there[0] == 0 < there[1] < there[2] < there[3]
-    assert there[3] > 0.9  # all fit; each is copied once
+    assert there[3] > 0.9  # all fit, and each is copied once
     assert sum(r["device_bytes_in"] for r in mine[3:]) <= whole
-    assert hits == sorted(hits)  # what the device has, the memory has room for others
+    assert hits == sorted(hits)  # the host need not hold what the device has
     assert all(r["rate"] == 0 for r in mine)
     _, columns, out = tables.studied(rows)
     assert columns[7:10] == ["of a device", "run there", "copied/token"]
@@ -363,7 +363,7 @@ def test_a_device_over_the_memory_says_what_vram_is_worth():
 
 
 def test_fitted_weights_are_the_best_of_all_that_were_tried():
-    """Experts in use change every ten tokens: who goes by recency reads less than who counts uses."""
+    """The experts in use change every ten tokens, so that recency reads less than frequency."""
     rng = np.random.default_rng(0)
     T, L, E, K = 120, 2, 12, 2
     experts = np.array(

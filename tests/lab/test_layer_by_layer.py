@@ -1,4 +1,4 @@
-"""A layer for all of a text before the next one gives what whole passes give, bit for bit, in layers of every kind."""
+"""Running each layer on a whole text before the next gives the bits of ordinary passes, for layers of every kind."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ IDS = np.array(families.random_ids(60), np.int32).reshape(3, 20)
 
 
 class Heads(Counts):
-    """Keeps what the head takes."""
+    """A tap that keeps the inputs of the head."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -30,7 +30,7 @@ class Heads(Counts):
             self.seen.append(x.copy())
 
 
-# Recurrent layers, rings of keys, layers without an FFN, norms of branches, gates on inputs, latent attention.
+# Recurrent layers, windows, layers without an FFN, norms around branches, gates on inputs, latent attention.
 @pytest.mark.parametrize(
     "name",
     ["qwen3_5_moe", "gemma4_text", "nemotron_h", "llama4_text", "deepseek_v3", "granitemoehybrid"],
@@ -67,10 +67,10 @@ def test_layers_in_turn(name, tmp_path, monkeypatch):
     assert counts.sum() == IDS.size * config.experts_per_token * len(config.moe_layers)
 
 
-# Latents of all heads at once, and FFNs of their own; the last has no FFN beside its experts.
+# Latents of all heads at once, with a shared FFN; the last family has no shared FFN.
 @pytest.mark.parametrize("name", ["deepseek_v3", "qwen3_moe"])
 def test_what_sums_take_for_a_moment_is_counted(name, tmp_path, monkeypatch):
-    """Whatever a layer takes beside what is there before it runs is in the budget, but for small objects."""
+    """All memory that a layer allocates while it runs is in the budget, except for small objects."""
     convert(HFCheckpoint(families.make(name, tmp_path / "hf")), tmp_path / "x.moe")
     moe = open_moe(tmp_path / "x.moe")
     config, counted = moe.config, []
@@ -90,7 +90,7 @@ def test_what_sums_take_for_a_moment_is_counted(name, tmp_path, monkeypatch):
         for layer in range(config.num_layers):
             sums = LayerSums(config, layer, form)
             model.embed(ids, x)
-            model.run_layer(layer, ids, x, sums)  # which makes what stays
+            model.run_layer(layer, ids, x, sums)  # allocates what stays
             tracemalloc.start()
             model.run_layer(layer, ids, x, sums, first=len(ids))
             _, peak = tracemalloc.get_traced_memory()

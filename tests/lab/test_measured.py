@@ -1,4 +1,4 @@
-"""`--max-quality-loss` takes what is cheapest among what was measured, and is sure about its loss."""
+"""`--max-quality-loss` picks the cheapest of the measured settings whose loss is surely below the limit."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ LEVELS = [row(8, 0.0), row(6, 0.001, 0.001), row(4, 0.005, 0.004), row(2, 0.02, 
         (0.0, None),
         (0.002, None),  # 0.001 + 1.645 * 0.001 is more
         (0.003, (6, 8, "on-demand")),
-        (0.01, (6, 8, "on-demand")),  # 4 bits may well be 0.0116
+        (0.01, (6, 8, "on-demand")),  # 4 bits could be 0.0116
         (0.012, (4, 8, "on-demand")),
         (0.021, (4, 8, "on-demand")),
         (0.022, (2, 8, "on-demand")),
@@ -53,11 +53,8 @@ LEVELS = [row(8, 0.0), row(6, 0.001, 0.001), row(4, 0.005, 0.004), row(2, 0.02, 
 )
 def test_the_fewest_bits_that_are_surely_good_enough(tiny_moe, max_loss, expected) -> None:
     moe = open_moe(tiny_moe)
-    for slots in (
-        0,
-        100_000,
-        10**9,
-    ):  # with all in memory, fewer bits still take less of its bandwidth
+    # Even with all experts in memory fewer bits are cheaper, as they take less of its bandwidth.
+    for slots in (0, 100_000, 10**9):
         found = choose(
             moe, LEVELS, max_loss=max_loss, cache_types=("f16", "f16"), slots=lambda _, s=slots: s
         )
@@ -100,7 +97,7 @@ def test_a_row_of_what_a_section_decided_goes_with_it(tiny_moe, tmp_path, name) 
     found = None
     assert all(mine())
     add_sections(path, {name: b"trained"})
-    assert mine() == (None, None)  # it was measured without
+    assert mine() == (None, None)  # it was measured without the section
     found = sections_sum(open_moe(path), **how, dense_bits=8)
     assert all(mine())
     add_sections(path, {name: b"trained again"})
@@ -147,7 +144,7 @@ def test_fewer_dense_bits_leave_more_slots(tiny_moe) -> None:
 
 
 def before_look_ups(report):
-    """Returns a report as it was stored while rows of the embedding were looked up at the level itself."""
+    """Returns a report as stored by versions that looked embedding rows up at the level itself."""
     rows = [{**row, "sections": None} for row in report["rows"]]
     return {**report, "rows": rows, "reference_sections": None}
 
@@ -218,7 +215,7 @@ def test_options_save_what_they_were_measured_to_save(tiny_moe) -> None:
     assert pick([base, slow], half) is None
     assert pick([base, hobbit], half - 1) is None  # more misses than were measured
     assert pick([base, hobbit], total) is None  # nothing is read
-    assert pick([row(8, 0.0), hobbit], half) is None  # saved, compared with what?
+    assert pick([row(8, 0.0), hobbit], half) is None  # no row to compare with
     assert pick([base, hobbit, row(4, 0.0)], half) == (4, 8, "on-demand")
 
 
@@ -275,7 +272,7 @@ def test_settings_and_levels_are_stored_together(measured: Path, capsys) -> None
 def test_run_and_bench_pick_and_say_so(measured: Path, capsys) -> None:
     rows = {r["bits"]: r for r in stored(open_moe(measured))["rows"][1:5]}
     limit = math.expm1(max(r["loss_change"] + 1.645 * r["loss_error"] for r in rows.values()))
-    # The highest of these losses lets the fewest bits pass.
+    # A limit above the highest of these losses admits the fewest bits.
     flags = ("--max-quality-loss", f"{limit + 1e-9:.9f}")
     argv = (str(measured), "-p", "Hi", "-n", "1", "--temp", "0", "-t", "1", *flags)
     assert run_cli.main(argv) == 0

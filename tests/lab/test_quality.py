@@ -53,7 +53,7 @@ def written(log_probs: np.ndarray, windows: np.ndarray) -> bytes:
 
 
 def test_log_probabilities_are_written_as_llama_cpp_does() -> None:
-    """llama.cpp's tools/perplexity/perplexity.cpp in plain loops; its own tools have read such a file of ours."""
+    """As in llama.cpp's tools/perplexity/perplexity.cpp, here in plain loops. Its tools have read such a file."""
     rng = np.random.default_rng(0)
     logits = rng.normal(0, 6, (2, 7)).astype(np.float32)
     windows = np.arange(5, dtype=np.int32).reshape(1, 5)
@@ -64,7 +64,7 @@ def test_log_probabilities_are_written_as_llama_cpp_does() -> None:
         total = sum(math.exp(x - row.max()) for x in row)
         out += struct.pack("<ff", scale, low - row.max() - math.log(total))
         out += struct.pack("<7H", *(round((x - low) / scale) if x > low else 0 for x in row))
-        out += struct.pack("<H", 0)  # to an even number
+        out += struct.pack("<H", 0)  # pads to an even number
     content = written(log_softmax(logits), windows)
     mine, other = (np.frombuffer(c[40:], "<u2").reshape(2, 12) for c in (content, bytes(out)))
     assert content[:40] == out[:40]
@@ -149,13 +149,13 @@ def test_scores_agree_with_torch(tiny_moe: Path, sample: Sample, low: Quality) -
     ).sum(1)
     assert low.positions == len(came) == sample.positions
     assert low.perplexity == pytest.approx(loss.exp().item(), rel=1e-9)
-    # 16 bits per log-probability, and nothing below e^-16.
+    # The file has 16 bits per log-probability, and nothing below e^-16.
     assert low.kl == pytest.approx(kl.mean().item(), rel=1e-3)
     assert low.kl_99 == pytest.approx(kl.quantile(0.99).item(), rel=1e-3)
     assert low.kl_error == pytest.approx(kl.std(correction=0).item() / len(kl) ** 0.5, rel=1e-3)
     assert low.same_top == pytest.approx((full.argmax(1) == other.argmax(1)).double().mean().item())
     assert low.average_bits == 2
-    # Exact, not from the file of 16 bits: the error of the pairs, which is far below that of one perplexity.
+    # The change is exact, not from the 16-bit file. Its error is that of pairs, far below that of one perplexity.
     change = loss - torch.nn.functional.cross_entropy(full, came)
     pairs = full.log_softmax(1) - other.log_softmax(1)
     pairs = pairs[torch.arange(len(came)), came]
@@ -254,14 +254,14 @@ def test_sizes_are_those_of_the_file(tiny_moe: Path) -> None:
     for i, level in enumerate(sizes[:-1], start=1):
         assert level.dense_bytes == sum(sum(t.lengths[:i]) for t in nested.values())
         assert level.dense_weights == sizes[-1].dense_weights - np.prod(embed.spec.shape)
-        # In memory they are whole pages, beside vectors and what looks rows up.
+        # In memory they take whole pages; vectors and the table of embedding rows are separate.
         held = load_dense(moe, i, verify=False).values()
         pages = sum(-(-sum(t.lengths[:i]) // 4096) * 4096 for t in nested.values())
         assert pages == sum(w.bytes for w in held if isinstance(w, _core.Nested))
     assert sizes[-1].expert_bytes == len(moe.experts.offsets) * moe.experts.ends[-1]
     assert sizes[0].expert_weights == 2 * 8 * 3 * 96 * 48
     for level in sizes:
-        # Half a bit is scales, and 16 bits a row; the rest is padding: 96 and 48 columns are stored as 128 and 64.
+        # Scales take half a bit per weight and 16 bits a row. The rest is padding: 96 and 48 columns take 128 and 64.
         assert level.bits + 0.5 < level.bits_per_weight < (level.bits + 0.5 + 16 / 48) * 1.4
         same = bits_per_weight(moe, level.bits, level.dense_bits)
         assert same == pytest.approx(level.bits_per_weight)
@@ -318,7 +318,7 @@ def test_command_compares_with_other_references(tiny_moe: Path, tmp_path: Path, 
     clipped = {
         name: pytest.approx(highest[0][name], abs=0.5) for name in ("loss_change", "loss_error")
     }
-    unknown = {"same_experts": None}  # what is saved does not say
+    unknown = {"same_experts": None}  # the saved file does not tell
     assert rows("--reference", saved) == [{**highest[0], **clipped, **unknown}]
     assert rows("--reference", saved, "--chunks", 2)[0]["positions"] == 2 * (CHUNK // 2 - 1)
 

@@ -46,7 +46,7 @@ ROUNDS = Rounds(generations=2, offspring=4, survivors=2, alone=1, windows=(1, 1,
 
 
 def field(units=6, levels=3, seed=0, share=0.5, **changes):
-    """Costs that fall by less with every level, so that the sum can be made least by a price of a byte."""
+    """Returns a field with costs that fall by less at each level, so that a price per byte minimises the sum."""
     rng = np.random.default_rng(seed)
     sizes = np.cumsum(rng.integers(1, 9, (units, levels)), 1)
     cost = np.sort(rng.random((units, levels)), 1)[:, ::-1] ** 3
@@ -66,7 +66,7 @@ def test_the_start_is_inside_the_bytes_and_near_the_least():
         choices = map(np.array, itertools.product(range(3), repeat=6))
         sums = [f.adds(c) for c in choices if f.takes(c) <= f.total]
         assert f.adds(found) >= min(sums)
-        # What is left between two prices is less than one unit's gain by one level.
+        # The distance to the optimum is at most the gain of one unit by one level.
         assert f.adds(found) <= min(sums) + (f.cost[:, :-1] - f.cost[:, 1:]).max()
 
 
@@ -94,7 +94,7 @@ def test_bounds_are_kept_and_too_few_bytes_said():
 
 
 def test_losses_that_do_not_add_are_found():
-    """Two units are worth something only together, which no sum of each alone can say."""
+    """Two units gain only together, which a sum of losses measured one by one cannot show."""
     f = field(units=8, cost=np.zeros((8, 2)), sizes=np.tile([1, 2], (8, 1)), highest=np.ones(8, int),
               total=10)  # fmt: skip
 
@@ -109,11 +109,11 @@ def test_losses_that_do_not_add_are_found():
     assert found.loss == 1.0
     assert [s.generation for s in seen] == list(range(1, 21))
     assert [s.loss for s in seen] == sorted((s.loss for s in seen), reverse=True)
-    # From any generation on it is the same search.
+    # Resumed at any generation, the search is the same.
     again = evolve(replace(seen[3]), measure, f, rounds)
     assert again.parent.tolist() == found.parent.tolist()
     assert (again.loss, again.kept) == (found.loss, found.kept)
-    # When the time is over it stops before the next one.
+    # When the time is over, it stops before the next generation.
     stopped = evolve(replace(seen[3]), measure, f, rounds, is_over=iter([False, True]).__next__)
     assert stopped == seen[4]
 
@@ -134,12 +134,12 @@ def windows(tiny_moe):
 
 
 def some(units, seed=0):
-    """Returns a choice by chance."""
+    """Returns a random choice."""
     return np.random.default_rng(seed).integers(0, units.counts)
 
 
 def lowered(units, unit):
-    """Returns all that there is but of one unit."""
+    """Returns the choice with all units at their highest level except one, at its lowest."""
     choice = units.top
     choice[unit] = 0
     return choice
@@ -161,7 +161,7 @@ def written(units, choice, folder):
 
 
 def divergences(path, windows, **options):
-    """Returns what a choice costs by engines that are opened with it."""
+    """Returns the divergences of a choice, from engines opened with and without it."""
     found = []
     for given in ({}, options):
         with edgemoe.load(path, threads=1, **given) as engine:
@@ -175,7 +175,7 @@ def test_bytes_are_those_of_the_file_and_the_cache(tiny_moe):
     units = Units(moe, context=256)
     floats = sum(sum(t.lengths) for t in moe.tensors.values() if t.spec.kind == "f32")
     fewest = np.zeros(len(units), np.int64)
-    assert not moe.config.tied  # so that the embedding, at fewer bits, is not there
+    assert not moe.config.tied  # so that at fewer bits the embedding is not resident
     for level, choice, kind in ((5, units.top, "f16"), (1, fewest, "q2_0")):
         there = [t for name, t in moe.tensors.items() if level == 5 or name != "embed"]
         dense = sum(sum(t.lengths[:level]) for t in there) - floats
@@ -184,7 +184,7 @@ def test_bytes_are_those_of_the_file_and_the_cache(tiny_moe):
 
 
 def test_a_mixed_model_is_measured_as_it_runs(tiny_moe, windows, tmp_path):
-    """Against an engine that is opened with the choice as files; also after others were measured."""
+    """The loss is that of an engine opened with the choice as files, also after other choices were measured."""
     units = Units(open_moe(tiny_moe), context=64)
     loss = MixedLoss(tiny_moe, windows, threads=1)
 
@@ -199,14 +199,14 @@ def test_a_mixed_model_is_measured_as_it_runs(tiny_moe, windows, tmp_path):
         assert np.array_equal(measured(choice), expected)
         assert np.array_equal(measured(choice, range(1, 2)), expected[1:])
     assert measured(some(units)).mean() > 1e-4
-    # Other windows take the place of these, and of what they were compared with.
+    # Other windows replace these, and the reference results.
     loss.take(windows[::-1])
     assert np.array_equal(measured(choice), expected[::-1])
     with pytest.raises(ValueError, match="windows: expected 48 tokens each, got 20"):
         loss.take(windows[:, :20])
 
 
-# Windows and branches, recurrent layers, latents, layers without an FFN, frequencies that depend on the length.
+# Windows and branch norms, recurrent layers, latents, layers without an FFN, RoPE that depends on the length.
 @pytest.mark.parametrize(
     "name", ["gemma4_text", "qwen3_next", "deepseek_v3", "nemotron_h", "phimoe"]
 )
@@ -223,7 +223,7 @@ def test_layers_one_by_one_give_what_a_pass_gives(name, tmp_path):
 
 
 def test_what_choices_have_alike_is_computed_once(tiny_moe, windows, monkeypatch):
-    """And experts are read once for all, with room for those of one layer; each is what it is alone."""
+    """Experts are read once for all choices, with room for those of one layer; losses are those measured alone."""
     moe = open_moe(tiny_moe)
     units = Units(moe, context=64)
     choices = [units.top]
@@ -241,7 +241,7 @@ def test_what_choices_have_alike_is_computed_once(tiny_moe, windows, monkeypatch
     told = []
     loss = MixedLoss(tiny_moe, windows, threads=1, told=told.append)
     loss([units.mix(units.top)])
-    assert sum(told) == 2 * 2 * len(windows)  # the reference too
+    assert sum(told) == 2 * 2 * len(windows)  # including the reference
     told.clear()
     store = loss._experts.store
     before = store.stats["bytes_read"]
@@ -251,7 +251,7 @@ def test_what_choices_have_alike_is_computed_once(tiny_moe, windows, monkeypatch
     # An upgrade reads whole pages.
     most = 1.1 * moe.experts.sizes(len(moe.ladder)).sum()
     assert store.stats["bytes_read"] - before <= most
-    # A few at a time they are the same.
+    # Measured a few at a time, they are the same.
     monkeypatch.setattr(mixed_loss, "_STATES", 3 * 4 * windows.shape[1] * moe.config.hidden_size)
     loss = MixedLoss(tiny_moe, windows, threads=1)
     assert loss.most(1) == 3
@@ -259,7 +259,7 @@ def test_what_choices_have_alike_is_computed_once(tiny_moe, windows, monkeypatch
 
 
 def test_what_is_made_of_predictions_is_counted(tmp_path, monkeypatch):
-    """They are what takes memory here; the book has the engine's, what goes from layer to layer, and these."""
+    """Predictions take most of the memory here. The count has them, the engine, and the activations between layers."""
     path = tmp_path / "x.moe"
     convert(HFCheckpoint(families.make("qwen3_moe", tmp_path, changes={"vocab_size": 8000})), path)
     windows = np.array(families.random_ids(3 * 40), np.int32).reshape(3, 40)
@@ -270,7 +270,7 @@ def test_what_is_made_of_predictions_is_counted(tmp_path, monkeypatch):
         return opened(path, options)
 
     monkeypatch.setattr(mixed_loss, "open_model", seen)
-    MixedLoss(path, windows, ram="1GiB", threads=1)([units.mix(units.top)])  # maps code
+    MixedLoss(path, windows, ram="1GiB", threads=1)([units.mix(units.top)])  # loads code
     loss = MixedLoss(path, windows, ram="1GiB", threads=1)
     one = loss._logits.nbytes
     assert counted == [mixed_loss._STATES // 2 + one * (len(windows) + 3)] * 2
@@ -278,7 +278,7 @@ def test_what_is_made_of_predictions_is_counted(tmp_path, monkeypatch):
     loss([units.mix(some(units)), units.mix(units.top)])
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    # The logits were there already; sixteen arrays of what goes from layer to layer are less than one of these.
+    # The logits were allocated before; sixteen arrays of activations between layers are smaller than one of these.
     assert peak + one <= one * (len(windows) + 3) + one // 2
 
 
@@ -296,7 +296,7 @@ def test_states_of_one_kind_at_a_time(tiny_moe, windows, monkeypatch):
     loss = MixedLoss(tiny_moe, windows, threads=1)
     loss([units.mix(some(units, seed)) for seed in range(4)])
     assert len(most) > 2 * len(windows)  # states were made for several kinds
-    assert max(most) <= len(windows)  # as many as any batch of these has sequences
+    assert max(most) <= len(windows)  # as many as a batch has sequences
 
 
 def test_each_matrix_has_its_own_bits(tiny_moe, windows, tmp_path):
@@ -353,7 +353,7 @@ def test_an_allocation_is_asked_for(tiny_moe, tmp_path):
         ValueError, match=r"dense_bits: auto takes an allocation, .* --method search makes it"
     ):
         edgemoe.load(tiny_moe, dense_bits="auto")
-    # What knows nothing of matrices stays readable by what was there before.
+    # An allocation without matrices stays readable by older versions.
     old = Allocation(method="error", layers=(0,), bits=np.full((1, 2), 4, np.int8))
     assert json.loads(old.to_json())["edgemoe_allocation"] == 1
     new = replace(old, dense={"embed": 3})
@@ -373,7 +373,7 @@ def searched(moe, calibrated, windows, keep, **changes):
 
 
 def choice_of(units, found):
-    """Returns the choice that two results say."""
+    """Returns the choice that an allocation and a KV table express."""
     levels = [rung[0] for rung in units.moe.ladder]
     experts = [levels.index(b) for b in found.allocation.bits.reshape(-1).tolist()]
     dense = [units.moe.dense_ladder.index(found.allocation.dense[name]) for name in units.matrices]
@@ -382,7 +382,7 @@ def choice_of(units, found):
 
 
 def same(found, whole):
-    """Says whether two searches found the same."""
+    """Returns whether two searches found the same."""
     return (
         found.allocation.to_json() == whole.allocation.to_json()
         and found.table.to_json() == whole.table.to_json()
@@ -391,7 +391,7 @@ def same(found, whole):
 
 
 def interrupted(at):
-    """Returns a progress that is interrupted as soon as so much is done: from the end if it is negative."""
+    """Returns a progress callback that interrupts once `at` is done; a negative `at` counts from the end."""
 
     def progress(done, total):
         assert 0 <= done <= total
@@ -402,13 +402,13 @@ def interrupted(at):
 
 
 def test_ctrl_c_ends_with_the_best_so_far(tiny_moe, calibrated, windows, tmp_path):
-    """Wherever it comes, nothing is lost, and the same call goes on."""
+    """Whenever it comes, nothing is lost, and the same call goes on."""
     whole = searched(tiny_moe, calibrated, windows, tmp_path / "whole")
     assert (whole.generation, whole.is_interrupted) == (ROUNDS.generations, False)
     each = 2 * ROUNDS.measured  # layers
     for generation, at in ((None, 200), (0, 1 - 2 * each), (1, 1 - each)):
         keep = tmp_path / f"{at}"
-        if generation is None:  # while there is no choice yet
+        if generation is None:  # before there is any choice
             with pytest.raises(KeyboardInterrupt):
                 searched(tiny_moe, calibrated, windows, keep, progress=interrupted(at))
             assert len(json.loads(keep.read_bytes())["costs"]) >= 16
@@ -450,7 +450,7 @@ def test_a_search_goes_on_where_it_was(tiny_moe, calibrated, windows, tmp_path):
     assert whole.allocation.bits[layer, expert] == 8
     count = len(json.loads((tmp_path / "a").read_bytes())["costs"])
     assert count == 2 * 4 + 4 * (len(units) - 16)
-    # Once it has ended nothing is measured again.
+    # A search that has ended measures nothing again.
     told = []
     again = searched(
         tiny_moe, calibrated, windows, tmp_path / "a", progress=lambda *at: told.append(at)
@@ -462,7 +462,7 @@ def test_a_search_goes_on_where_it_was(tiny_moe, calibrated, windows, tmp_path):
         FormatError, match="with other settings: context is 64, not 32; --overwrite"
     ):
         searched(tiny_moe, calibrated, windows, tmp_path / "a", context=32)
-    # Converted anew, the same checkpoint has other codes.
+    # Converted with a calibration, the same checkpoint has other codes.
     anew = tmp_path / "anew.moe"
     convert(tiny_checkpoint(), anew, calibration=Calibration(calibrated))
     with pytest.raises(FormatError, match=r"with other settings: weights is \d+, not \d+; --over"):
@@ -507,7 +507,7 @@ def test_command(tiny_moe, calibrated, tmp_path, capsys, monkeypatch):
     real, stored = append.add_sections, []
     monkeypatch.setattr(append, "add_sections", lambda *to: (stored.append(list(to[1])), real(*to)))
     assert main([*sized, "--store"]) == 0
-    assert stored == [["allocation", "kv_types"]]  # at once
+    assert stored == [["allocation", "kv_types"]]  # in one go
     with edgemoe.load(model, **options) as engine:
         assert np.array_equal(engine.logits([1, 2, 3]), expected)
     quality = [
@@ -592,7 +592,7 @@ def test_command_that_is_interrupted(tiny_moe, calibrated, tmp_path, capsys, mon
 
 
 def test_the_search_itself_lies_beside_what_is_read_and_written(tiny_moe, tmp_path, capsys):
-    """It is removed at the end: neither the result nor a file of the user's may have its name."""
+    """The state of the search is removed at the end: neither the result nor a file of the user may have its name."""
     link = tmp_path / "link.json"
     link.symlink_to("link.search")
     text = tmp_path / "notes.search"

@@ -1,4 +1,4 @@
-"""Stand-ins: their fit against plain algebra, their bytes, what the verb adds, and runs that use them."""
+"""Stand-ins: their fit agrees with plain algebra; their stored form, what the verb adds, and runs that use them."""
 
 from __future__ import annotations
 
@@ -64,11 +64,11 @@ def test_a_map_of_low_rank_is_found():
     x = rng.standard_normal((4000, 12))
     y = (x @ rng.standard_normal((12, 3)) + rng.standard_normal(3)) @ rng.standard_normal((3, 12))
     off = applied(x, fit_stand_in(*moments(x, y), 3)) - y
-    assert np.square(off).mean() < 1e-3 * np.square(y).mean()  # what the ridge takes
+    assert np.square(off).mean() < 1e-3 * np.square(y).mean()  # the effect of the ridge
 
 
 def test_of_all_maps_of_its_rank_it_is_the_nearest():
-    """Against the singular values of the whitened fit, and against maps beside it."""
+    """It agrees with the singular vectors of the whitened fit, and more ranks have less error."""
     rng = np.random.default_rng(1)
     x = rng.standard_normal((500, 10)) * np.linspace(0.2, 3, 10)
     y = np.tanh(x @ rng.standard_normal((10, 10))) + 0.3
@@ -124,7 +124,7 @@ def test_a_bad_section_is_one_line(content, words, tiny_moe, tmp_path):
     with pytest.raises(FormatError, match=f"^section stand-ins: .*{words}") as error:
         edgemoe.load(path, options={"top_p": 0.5}, ram="1GiB")
     assert "\n" not in str(error.value)
-    edgemoe.load(path, ram="1GiB").close()  # an exact run does not look at it
+    edgemoe.load(path, ram="1GiB").close()  # an exact run does not read it
 
 
 def test_what_cannot_be_fitted_is_said(tiny_moe, capsys):
@@ -240,7 +240,7 @@ def test_weak_misses_are_not_waited_for():
     experts = np.array([[0, 1, 2, 3], [4, 3, 2, 1]], np.int32)
     r = Routing(0, experts, gates, sequences=2)
     plan = plan_slots(r, np.full((2, 4), 8, np.int8))
-    residency = np.array([0, 0, 1, 0, 0, 0], np.int8)  # expert 2 is here
+    residency = np.array([0, 0, 1, 0, 0, 0], np.int8)  # expert 2 is resident
     out = without_misses(plan, r, residency, 0.2)
     assert (out.rows >= 0).tolist() == [[True, True, True, False], [True, True, True, False]]
     assert without_misses(plan, r, residency, 0.01) is plan

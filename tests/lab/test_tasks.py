@@ -1,4 +1,4 @@
-"""Right answers are counted as greedy decoding and likelihoods would, item by item beside a reference."""
+"""Answers count as right as in greedy decoding or by likelihood, and are compared with a reference item by item."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def tokenizer(tiny_moe: Path) -> Tokenizer:
 
 def test_made_items_are_the_same_for_a_seed_and_have_their_answer_inside() -> None:
     items = made(list(MADE), 5, seed=3)
-    assert items[5:10] == made(["copying"], 5, seed=3)  # whatever others are made
+    assert items[5:10] == made(["copying"], 5, seed=3)  # whatever other tasks are made
     assert items != made(list(MADE), 5, seed=4)
     assert len({item.prompt for item in items}) == len(items)
     for item in items:
@@ -40,7 +40,7 @@ def test_made_items_are_the_same_for_a_seed_and_have_their_answer_inside() -> No
             assert f"List:{item.answer}Copy:" == item.prompt[-len(item.answer) - 10 :]
         else:
             assert item.prompt.splitlines()[-1] + item.answer in item.prompt
-    # What random.Random gives is promised for random() alone: these words must never change.
+    # Python guarantees only random.random() across versions: these items must never change.
     assert made(["arithmetic"], 1, seed=0)[0].prompt.endswith("\n25 + 76 =")
 
 
@@ -59,7 +59,7 @@ def test_an_answer_is_right_if_greedy_decoding_writes_it(
     likelihood = rows[[0, 1], greedy] - np.log(np.exp(rows).sum(axis=1))
     assert outcome == Outcome("t", True, pytest.approx(likelihood.sum(), abs=1e-5))
     (wrong,) = judge(tiny_moe, TRIAL, [replace(item, answer=text[0] + " zebra")], tokenizer)
-    assert not wrong.is_right  # though it begins as it should
+    assert not wrong.is_right  # although it begins right
 
 
 def test_the_likeliest_choice_counts(tiny_moe: Path, tokenizer: Tokenizer) -> None:
@@ -90,7 +90,7 @@ def test_changes_are_of_pairs() -> None:
     assert (score.items, score.right, score.right_change) == (4, 0.25, -0.5)
     assert score.right_change_error == pytest.approx(np.std([0, -1, 0, -1]) / 2)
     assert score.logprob_change == -0.5
-    assert score.logprob_change_error == 0  # all by the same: the items' own spread is no error
+    assert score.logprob_change_error == 0  # all change equally: the spread of items is no error
     assert [s.task for s in scores([*known, Outcome("u", True, 0.0)], None)] == ["t", "u"]
 
 
