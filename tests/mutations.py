@@ -1,7 +1,7 @@
-"""Small mistakes that a test has to notice; `scripts/mutate` makes them, one at a time.
+"""Small planted mistakes that a test must notice; `scripts/mutate` makes them, one at a time.
 
-Each names the tests that should see it, so that trying one takes seconds. One that is known to go unnoticed says why
-nobody can notice it.
+Each one names the tests that should notice it, so that trying it takes seconds. A mistake that is known to go unnoticed
+says why no test can notice it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Mistakes in a device's kernels: a bit of exactness, a barrier, a wait or a bound is lost. See tests/mutations.py."""
+"""Planted mistakes in a device's kernels: they lose exactness, a barrier, a wait or a bound. See tests/mutations.py."""
 
 # ruff: noqa: E501
 from __future__ import annotations
@@ -15,7 +15,7 @@ REPEATED = ("tests/runtime/test_repeated_work.py",)
 
 
 def _of(file: str, tests: tuple[str, ...], *mistakes: tuple[str, ...]) -> list[Mutation]:
-    """Returns the mistakes of one file under csrc/cuda: name, what is there, what becomes of it, why it survives."""
+    """Returns the mistakes of one file under csrc/cuda; each is a name, the old text, the new text, why it survives."""
     return [
         Mutation("device", name, f"csrc/cuda/{file}", old, new, tests, *survives)
         for name, old, new, *survives in mistakes

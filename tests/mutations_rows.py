@@ -1,4 +1,4 @@
-"""Mistakes in what is looked up, noted, sketched, pruned and kept between runs; see tests/mutations.py."""
+"""Planted mistakes in looking up rows, recording work, sketches, pruning and saved prefixes; see tests/mutations.py."""
 
 from __future__ import annotations
 

@@ -80,8 +80,8 @@ class Mla:
     def scratch_widths(spec: MlaSpec) -> tuple[int, ...]:
         """See `Mixer.scratch_widths`.
 
-        The arrays are the low-rank queries, the queries, the absorbed queries, the new keys, what the heads attend to
-        (latents), their outputs, and their gate.
+        The arrays are the low-rank queries, the queries, the absorbed queries, the new keys, the heads' outputs before
+        the value projection, their outputs after it, and their gate.
         """
         h = spec.num_heads
         return (
