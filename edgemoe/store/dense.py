@@ -189,7 +189,7 @@ def read_dense(
     told: Told = nobody,
     beside: int = 0,
 ) -> Iterator[tuple[str, Weight]]:
-    """Yields tensors at a level, by name, each in memory of its own. So a caller can move each one before the next.
+    """Yields names and tensors at a level, each in memory of its own, so that a caller can move one before the next.
 
     Args:
         beside: bytes that the caller will read after them, which count for the progress that `told` reports.

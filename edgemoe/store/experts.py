@@ -144,7 +144,7 @@ class ExpertStore:
             level_bits: the bits of each level, ascending.
             level_bytes: the bytes of an expert at each level.
             rungs: [num_layers * num_experts], how many of the levels each expert has; None for all.
-            budget_bytes, most_bytes, policy: see `open`.
+            budget_bytes: see `open`, as for `most_bytes` and `policy`.
 
         Raises:
             OutOfBudget: not even one expert fits.

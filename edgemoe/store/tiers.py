@@ -282,7 +282,8 @@ class Tiers:
         """Splits a group of the host's experts into those that pass through the device and those that the CPU runs.
 
         Args:
-            experts, levels, offsets: of the request and its plan.
+            experts: those of the request, with `levels`.
+            offsets: of the plan: where each expert's tokens begin.
             group: positions in the request.
 
         Returns:
