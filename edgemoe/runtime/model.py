@@ -293,7 +293,7 @@ class Model:
             slots_bytes=setting.slots_bytes,
             scheduler=self.options.scheduler,
             look_ahead=scheduler.look_ahead,
-            reads_ahead=self.scheduler.look_ahead > 0,
+            reads_ahead=scheduler.reads_ahead,
             threads=self.threads,
         )
         writer = TraceWriter(path_of("path", path), header, ran_there=self.store.watch())

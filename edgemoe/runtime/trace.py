@@ -90,7 +90,7 @@ class TraceHeader:
     look_ahead: int = 0
     """p of the records."""
     reads_ahead: bool = False
-    """Whether the scheduler read ahead, so that the reads and waits of a layer are not for this layer alone."""
+    """Whether the scheduler may have read ahead, so that a layer's reads and waits are not for this layer alone."""
     threads: int
 
     @property

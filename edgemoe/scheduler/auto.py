@@ -95,6 +95,7 @@ class Auto(Scheduler):
             )
         if setting.fits:
             self._to_try.clear()
+        self.reads_ahead = bool(self._to_try)
         self._trial = Trial(o.window, o.rounds) if self._to_try else None
 
     def plan(self, routing: Routing, residency: NDArray[np.int8]) -> Plan:

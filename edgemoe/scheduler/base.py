@@ -78,6 +78,8 @@ class Scheduler(ABC):
 
     look_ahead: int = 0
     """How many of the next layers' routers are applied to a layer's input; may change between tokens."""
+    reads_ahead: bool = False
+    """Whether plans may have something in `Plan.ahead`, now or later."""
     policy: str | Priorities = "lfu"
     """What the cache evicts first: by its own counts ("lfu" or "lru"), or by priorities, always the same object."""
     keep_level: int = 0

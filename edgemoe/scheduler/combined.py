@@ -68,6 +68,7 @@ class Combined(Scheduler):
         self.levers = levers
         self.notes = (*inner.notes, *levers.notes)
         self.look_ahead = inner.look_ahead
+        self.reads_ahead = inner.reads_ahead or levers.reads_ahead
         self.bit_routers = inner.bit_routers
         self.leaves_out = inner.leaves_out or levers.leaves_out
         if levers.miss_bits and levers.miss_bits not in setting.level_bits:

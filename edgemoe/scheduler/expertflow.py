@@ -72,6 +72,7 @@ class ExpertFlow(Scheduler):
         self._K, self._num_layers = K, L
         self._top_level = len(setting.level_bits)
         self._prefetch = o.prefetch
+        self.reads_ahead = o.prefetch > 0
         self._bits = np.full(L * E, setting.bits, np.int8)
         self._token_bits = self._bits[:K]
         self._known = 0  # layers that have a prediction

@@ -64,6 +64,7 @@ class Expertwise(Scheduler):
         self._bits = self.fixed_bits = bits
         self._levels = (np.searchsorted(setting.level_bits, bits) + 1).astype(np.int8)
         self._preload = o.preload
+        self.reads_ahead = o.preload > 0
         self._num_layers, self._num_experts = L, E
         self._transitions = (
             Transitions(L, E, setting.experts_per_token, depth=o.layers) if o.preload else None

@@ -106,6 +106,7 @@ class Hobbit(Scheduler):
             listed = ", ".join(map(str, setting.level_bits))
             raise ValueError(f"low_bits: expected one of {listed}, got {low}")
         self.look_ahead = o.look_ahead
+        self.reads_ahead = o.look_ahead > 0
         self._watch = LookAhead(setting) if o.look_ahead and o.trials and not setting.fits else None
         self.t1, self.t2 = (o.t1, o.t2) if o.t1 >= 0 else (0.6, 0.9)
         self._low, self._high = low, setting.bits

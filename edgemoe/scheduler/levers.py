@@ -73,6 +73,11 @@ class Levers:
         return self.top_p < 1 or self.skip_below > 0 or self.stand_in_below > 0
 
     @property
+    def reads_ahead(self) -> bool:
+        """Whether the levers may read experts ahead, or what they lack."""
+        return self.miss_bits > 0 or (self.cache_prior > 0 and self.admit)
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """The levers that are on, one line each."""
         lines = []

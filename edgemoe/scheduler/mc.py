@@ -89,6 +89,7 @@ class Mc(Scheduler):
             )
         self.notes = tuple(notes)
         self.look_ahead = o.look_ahead
+        self.reads_ahead = o.look_ahead > 0
         self._bits, self._num_experts = bits, setting.num_experts
         self.fixed_bits = bits
         self.betas = [0.5 if o.beta < 0 else o.beta] * L

@@ -61,7 +61,8 @@ class OnDemand(Scheduler):
         self._bits = self.fixed_bits = bits
         self._all_bits = bits.reshape(-1)
         self._ahead = LookAhead(setting, bits) if o.look_ahead and not setting.fits else None
-        self.look_ahead = int(self._ahead is not None)
+        self.reads_ahead = self._ahead is not None
+        self.look_ahead = int(self.reads_ahead)
 
     def plan(self, routing: Routing, residency: NDArray[np.int8]) -> Plan:
         """See `Scheduler.plan`. Only the experts to read ahead depend on the residency."""

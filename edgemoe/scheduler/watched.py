@@ -20,6 +20,7 @@ class Watched(Scheduler):
     def __init__(self, scheduler: Scheduler, look_ahead: int) -> None:
         self._inner = scheduler
         self.look_ahead = max(look_ahead, scheduler.look_ahead)
+        self.reads_ahead = scheduler.reads_ahead
         self.policy, self.keep_level = scheduler.policy, scheduler.keep_level
         self.bit_routers = scheduler.bit_routers
         self.leaves_out, self.stand_ins = scheduler.leaves_out, scheduler.stand_ins

@@ -7,6 +7,7 @@ import json
 
 import numpy as np
 import pytest
+from engines import with_slots
 
 import edgemoe
 from edgemoe.lab.routing.replay import Tape
@@ -192,6 +193,29 @@ def test_decoding_tokens_of_several_sequences_become_records_of_one_pass(tmp_pat
     (layers,) = Tape(read(path)).passes
     assert [r.is_decoding for r in layers] == [True, True]
     assert np.array_equal(layers[0].ahead_experts, ahead)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "options", "reads_ahead"),
+    [
+        ("on-demand", {"look_ahead": False}, False), ("on-demand", {}, True), ("d2moe", {}, False),
+        ("on-demand", {"look_ahead": False, "miss_bits": 3}, True),
+        ("on-demand", {"look_ahead": False, "cache_prior": 0.5}, False),
+        ("on-demand", {"look_ahead": False, "cache_prior": 0.5, "admit": True}, True),
+        ("expertwise", {}, True), ("expertwise", {"preload": 0}, False),
+        ("expertflow", {}, True), ("expertflow", {"prefetch": 0}, False),
+        ("hobbit", {}, True), ("hobbit", {"look_ahead": 0}, False),
+        ("mc", {}, False), ("mc", {"look_ahead": 1}, True), ("auto", {}, True),
+    ],
+)  # fmt: skip
+def test_a_trace_says_whether_anything_may_be_read_ahead(
+    tiny_moe, tmp_path, monkeypatch, scheduler, options, reads_ahead
+):
+    with_slots(monkeypatch, lambda budget: 8 * budget.expert)
+    path = tmp_path / "x.trace"
+    with edgemoe.load(tiny_moe, scheduler=scheduler, options=options) as engine:
+        engine.record(path, look_ahead=2)  # asking more routers reads nothing
+    assert read(path).header.reads_ahead == reads_ahead
 
 
 def test_what_is_no_trace_is_refused_in_a_line(tiny_moe, tmp_path):

@@ -133,9 +133,11 @@ CASES = [
     *(("on-demand", {"eviction": e}) for e in ("lru", "next-use", "frequency-distance", "hobbit")),
     ("on-demand", {"look_ahead": False}),
     ("on-demand", {"cache_prior": 0.5, "protect": 1}),
+    ("on-demand", {"cache_prior": 0.5, "admit": True, "look_ahead": False}),
     ("on-demand", {"top_p": 0.6}),
     ("on-demand", {"skip_below": 0.5, "renormalise": True}),
     ("on-demand", {"miss_bits": 3}),
+    ("on-demand", {"miss_bits": 3, "look_ahead": False}),
     ("hobbit", {"t1": 0.3, "t2": 0.6, "strict": False, "renormalise": True, "look_ahead": 3}),
     ("hobbit", {"cache_prior": 0.5, "skip_below": 0.2, "miss_bits": 2}),
     ("d2moe", {"hottest_first": False, "frees": "always", "levels": 2}),
@@ -173,6 +175,7 @@ def test_every_plan_is_lawful(name, options, data):
             else:
                 check_lawful(plan, r, LEVELS, exact=exact, layers=L)
             np.testing.assert_array_equal(here, before)
+            assert plan.ahead is None or scheduler.reads_ahead
             if isinstance(scheduler.policy, Priorities):
                 assert scored(scheduler.policy).shape == (L, E)
                 assert np.isfinite(scored(scheduler.policy)).all()
