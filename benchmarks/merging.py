@@ -24,6 +24,7 @@ from torch import Tensor
 
 from edgemoe.file.format import open_moe
 from edgemoe.lab.bits.bit_router import Routed
+from edgemoe.lab.quality.loss import standard_error
 from edgemoe.quant import Calibration
 
 Matrices = tuple[Tensor, ...]
@@ -115,7 +116,7 @@ def main() -> None:
                     model.experts[i * E + e] = row
             kl = divergences(reference, log_probs(model, windows))
             print(
-                f"| {keep} of {E} | {what} | {kl.mean():.4f} ± {kl.std() / np.sqrt(len(kl)):.4f} |",
+                f"| {keep} of {E} | {what} | {kl.mean():.4f} ± {standard_error(kl, len(windows)):.4f} |",
                 flush=True,
             )
     model.experts[:] = original

@@ -25,6 +25,7 @@ from edgemoe.file.format import open_moe
 from edgemoe.lab.bits import rules
 from edgemoe.lab.bits.bit_router import Routed
 from edgemoe.lab.bits.calibrate import windows_of
+from edgemoe.lab.quality.loss import standard_error
 from edgemoe.quant import Calibration
 
 GROUP = 16
@@ -95,7 +96,7 @@ def main() -> None:
         counts = np.bincount(choice, minlength=3)
         print(
             f"| {name} | {np.array(levels)[choice].mean():.2f} | {counts.tolist()} "
-            f"| {kl.mean():.5f} ± {kl.std() / np.sqrt(len(kl)):.5f} |",
+            f"| {kl.mean():.5f} ± {standard_error(kl, len(windows)):.5f} |",
             flush=True,
         )
 

@@ -26,6 +26,7 @@ from torch.nn import functional
 from edgemoe.file.format import open_moe
 from edgemoe.lab.bits.bit_router import Routed
 from edgemoe.lab.bits.choosing import ffn
+from edgemoe.lab.quality.loss import standard_error
 
 
 class Pruned(Routed):
@@ -125,7 +126,7 @@ def main() -> None:
         said = f"{100 * share:g}% by {by}" if share else "none"
         print(
             f"| {name} | {said} | {100 * model.skipped / model.slots:.2f}% "
-            f"| {kl.mean():.5f} ± {kl.std() / np.sqrt(len(kl)):.5f} |",
+            f"| {kl.mean():.5f} ± {standard_error(kl, len(windows)):.5f} |",
             flush=True,
         )
 

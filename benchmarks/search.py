@@ -24,6 +24,7 @@ from edgemoe.lab.bits.allocate import Settings, allocate
 from edgemoe.lab.bits.calibrate import windows_of
 from edgemoe.lab.bits.kv_types import KINDS
 from edgemoe.lab.bits.units import Choice, Units
+from edgemoe.lab.quality.loss import standard_error
 from edgemoe.lab.quality.mixed_loss import MixedLoss
 from edgemoe.model import KvTable
 from edgemoe.quant import Allocation, Calibration
@@ -65,7 +66,7 @@ def main() -> None:
     def measure(label: str, choice: Choice) -> NDArray[np.float64]:
         kl = loss([units.mix(choice)]).reshape(-1)
         rows.append({"what": label, "bytes": units.bytes(choice), "kl": float(kl.mean())})
-        error = kl.std() / np.sqrt(len(kl))
+        error = standard_error(kl, len(windows))
         print(
             f"| {label} | {rows[-1]['bytes'] / 2**20:.3f} | {kl.mean():.5f} ± {error:.5f} |",
             flush=True,
@@ -113,7 +114,7 @@ def main() -> None:
     change = ours - best
     print(
         f"\nthe search against the best of them: {100 * (ours.mean() / best.mean() - 1):+.1f}%, "
-        f"difference {change.mean():+.6f} ± {change.std() / np.sqrt(len(change)):.6f}"
+        f"difference {change.mean():+.6f} ± {standard_error(change, len(windows)):.6f}"
     )
     if args.json:
         results.write(args.json, rows)

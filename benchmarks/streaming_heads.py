@@ -24,6 +24,7 @@ from torch.nn import functional
 
 from edgemoe.file.format import open_moe
 from edgemoe.lab.bits.bit_router import Routed
+from edgemoe.lab.quality.loss import standard_error
 from edgemoe.specs import AttentionSpec
 
 FIRST, LAST = 16, 64
@@ -104,7 +105,7 @@ def main() -> None:
             heads.streams[:] = False
             heads.streams.reshape(-1)[np.argsort(score.reshape(-1), kind="stable")[:count]] = True
             kl = divergence(reference, windows)
-            said.append(f"{kl.mean():.5f} ± {kl.std() / np.sqrt(len(kl)):.5f}")
+            said.append(f"{kl.mean():.5f} ± {standard_error(kl, len(windows)):.5f}")
         left = 1 - count / total * (1 - (FIRST + LAST) / args.window)
         print(f"| {count} of {total} | {100 * left:.0f}% | {said[0]} | {said[1]} |", flush=True)
     functional.scaled_dot_product_attention = plain

@@ -20,6 +20,7 @@ from edgemoe.cli import main as edgemoe_cli
 from edgemoe.errors import FormatError
 from edgemoe.file.format import open_moe
 from edgemoe.lab.quality.logprobs import LogProbs, LogProbsWriter
+from edgemoe.lab.quality.loss import standard_error
 from edgemoe.lab.quality.quality import Quality, Sample, Trial, agreement, measure, recorded, score
 from edgemoe.lab.quality.text import default_text
 from edgemoe.lab.report.levels import bits_per_weight, levels
@@ -141,6 +142,11 @@ def test_scores_agree_with_torch(tiny_moe: Path, sample: Sample, low: Quality) -
             rows = [engine.logits(w)[CHUNK // 2 : CHUNK - 1].copy() for w in sample.windows]
         return torch.tensor(np.concatenate(rows)).double()
 
+    def error(values: torch.Tensor) -> float:
+        means = values.reshape(len(sample.windows), -1).mean(1)
+        alone = values.std(correction=0) / len(values) ** 0.5
+        return max(alone, means.std() / len(means) ** 0.5).item()
+
     full, other = logits(8), logits(2)
     came = torch.tensor(sample.windows[:, CHUNK // 2 + 1 :].reshape(-1), dtype=torch.int64)
     loss = torch.nn.functional.cross_entropy(other, came)
@@ -152,7 +158,7 @@ def test_scores_agree_with_torch(tiny_moe: Path, sample: Sample, low: Quality) -
     # The file has 16 bits per log-probability, and nothing below e^-16.
     assert low.kl == pytest.approx(kl.mean().item(), rel=1e-3)
     assert low.kl_99 == pytest.approx(kl.quantile(0.99).item(), rel=1e-3)
-    assert low.kl_error == pytest.approx(kl.std(correction=0).item() / len(kl) ** 0.5, rel=1e-3)
+    assert low.kl_error == pytest.approx(error(kl), rel=1e-3)
     assert low.same_top == pytest.approx((full.argmax(1) == other.argmax(1)).double().mean().item())
     assert low.average_bits == 2
     # The change is exact, not from the 16-bit file. Its error is that of pairs, far below that of one perplexity.
@@ -160,9 +166,20 @@ def test_scores_agree_with_torch(tiny_moe: Path, sample: Sample, low: Quality) -
     pairs = full.log_softmax(1) - other.log_softmax(1)
     pairs = pairs[torch.arange(len(came)), came]
     assert low.loss_change == pytest.approx(change.item(), rel=1e-9)
-    assert low.loss_error == pytest.approx(
-        pairs.std(correction=0).item() / len(came) ** 0.5, rel=1e-9
-    )
+    assert low.loss_error == pytest.approx(error(pairs), rel=1e-9)
+
+
+def test_tokens_of_a_chunk_are_not_taken_for_independent() -> None:
+    chunks = np.repeat(
+        [0.0, 1.0, 0.0, 1.0], 10
+    )  # all tokens of a chunk say the same: 4 values, not 40
+    assert standard_error(chunks, 4) == pytest.approx(np.std([0, 1, 0, 1], ddof=1) / 2)
+    within = np.tile([0.0, 1.0], 20)  # chunks are as alike as they can be
+    assert standard_error(within, 4) == standard_error(within, 1) == pytest.approx(0.5 / 40**0.5)
+    rng = np.random.default_rng(1)
+    shared = rng.normal(size=(400, 1)) * 0.3 + rng.normal(size=(400, 20))
+    means = [standard_error(shared[i : i + 40].reshape(-1), 40) for i in range(0, 400, 40)]
+    assert np.mean(means) == pytest.approx((0.3**2 / 40 + 1 / 800) ** 0.5, rel=0.1)
 
 
 def test_bits_of_a_byte_are_those_of_a_token_where_each_is_a_byte(

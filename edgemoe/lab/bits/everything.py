@@ -20,6 +20,7 @@ from edgemoe.lab.bits.measuring import Clock, Measured, Progress, Work, measure_
 from edgemoe.lab.bits.search import Field, Rounds, Standing, evolve
 from edgemoe.lab.bits.search_file import SearchFile
 from edgemoe.lab.bits.units import Choice, Units
+from edgemoe.lab.quality.loss import standard_error
 from edgemoe.lab.quality.mixed_loss import MixedLoss
 from edgemoe.model import KvTable
 from edgemoe.quant import Allocation, Calibration
@@ -46,7 +47,7 @@ class Found:
     """The loss of the choice, on the text that was searched on."""
     held_out: tuple[float, float, float] | None
     """On another text: the loss where the search began, the loss of the choice, and the standard error of the
-    difference over pairs of the same tokens. None without such a text, or if Ctrl-C came before."""
+    difference over pairs of the same tokens (`standard_error`). None without such a text, or if Ctrl-C came before."""
     kept: int
     """How many generations were better than the best before them."""
     generation: int
@@ -216,7 +217,7 @@ def _judged(
 ) -> tuple[float, float, float]:
     """Returns the losses of two choices, and the standard error of the difference."""
     before, now = (of.reshape(-1) for of in loss([units.mix(first), units.mix(found)]))
-    return float(before.mean()), float(now.mean()), float((now - before).std() / len(now) ** 0.5)
+    return float(before.mean()), float(now.mean()), standard_error(now - before, len(loss.windows))
 
 
 def _known(calibration: Calibration, what: str) -> Floats:

@@ -45,7 +45,10 @@ __all__ = [
 Row = Mapping[str, Any]
 
 _SURE = 1.645
-"""How many standard errors are added to the mean: the true loss lies below the sum in 19 of 20 measurements."""
+"""How many standard errors are added to the mean: the true loss lies below the sum in 19 of 20 measurements.
+
+From few chunks a standard error is uncertain itself (`edgemoe.lab.quality.loss`), and the sum is less sure.
+"""
 
 _COMPARED = ("tokens", "reference", "reference_sections")
 """The fields in which two reports must agree for their rows to be comparable."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe.runtime.engine import load
 
-__all__ = ["Loss", "half_log_softmax", "log_softmax_rows"]
+__all__ = ["Loss", "half_log_softmax", "log_softmax_rows", "standard_error"]
 
 
 class Loss:
@@ -51,6 +52,18 @@ class Loss:
 
     def __exit__(self, *_: object) -> None:
         self._engine.close()
+
+
+def standard_error(values: NDArray[np.floating[Any]], chunks: int) -> float:
+    """Returns the standard error of the mean of values [chunks * n], n for the tokens of each chunk of a text.
+
+    Tokens of one chunk are alike, so the means of chunks differ more than those of independent tokens would. If they
+    happen to differ less, as those of few chunks may, it is the error of independent tokens.
+    """
+    alone = values.std() / len(values) ** 0.5
+    means = values.reshape(chunks, -1).mean(1)
+    together = means.std(ddof=1) / chunks**0.5 if chunks > 1 else 0.0
+    return float(max(alone, together))
 
 
 def half_log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:

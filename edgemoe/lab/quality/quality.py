@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from edgemoe.experts import Observer
 from edgemoe.file.format import open_moe
 from edgemoe.lab.quality.logprobs import LogProbs, LogProbsWriter
+from edgemoe.lab.quality.loss import standard_error
 from edgemoe.places import Places
 from edgemoe.plan import Plan, Routing
 from edgemoe.runtime.engine import Engine
@@ -109,7 +110,7 @@ class Quality:
     kl: float | None = None
     """Mean KL divergence of the model's distribution from the reference's, in nats."""
     kl_error: float | None = None
-    """Its standard error over positions."""
+    """Its standard error, from the means of chunks; see `standard_error` in `edgemoe.lab.quality.loss`."""
     kl_99: float | None = None
     """The 99th percentile over positions."""
     same_top: float | None = None
@@ -117,7 +118,7 @@ class Quality:
     loss_change: float | None = None
     """Mean loss on the actual tokens, less the reference's: ln of the ratio of the two perplexities."""
     loss_error: float | None = None
-    """Its standard error over pairs of the same position, far smaller than that of either perplexity."""
+    """Its standard error, likewise over pairs of the same position: far smaller than that of either perplexity."""
     bits_per_byte: float | None = None
     """The loss in bits per byte of scored text, which does not depend on the tokenizer; None without a tokenizer."""
     same_experts: float | None = None
@@ -292,12 +293,12 @@ def score(
     return replace(
         alone,
         kl=float(kl.mean()),
-        kl_error=float(kl.std() / np.sqrt(len(kl))),
+        kl_error=standard_error(kl, len(windows)),
         kl_99=float(np.percentile(kl, 99)),
         same_top=float(np.concatenate(tops).mean()),
         same_experts=agreement(reference.routes, chosen),
         loss_change=float(change.mean()),
-        loss_error=float(change.std() / np.sqrt(len(change))),
+        loss_error=standard_error(change, len(windows)),
     )
 
 
