@@ -301,7 +301,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_model(parser)
     parser.add_argument("-f", "--text", type=Path, metavar="FILE",
-                        help="text to predict (default: 64 KB of Moby-Dick and speeches)")  # fmt: skip
+                        help="text to predict (default: 66 KiB of Moby-Dick and speeches)")  # fmt: skip
     parser.add_argument("--reference", metavar="SOURCE", help="what to compare with; see below")
     parser.add_argument("--bits", type=bits_or_auto, nargs="+", metavar="N",
                         help="levels to measure, or auto, the file's allocation (default: all levels)")  # fmt: skip
