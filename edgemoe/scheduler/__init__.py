@@ -100,7 +100,10 @@ def _make(kind: type[Scheduler], setting: Setting, **options: Any) -> Scheduler:
     # Bits that were fixed offline do not make a scheduler lossy here: such an allocation already gives protected
     # experts their bits.
     is_lossy = bool(levers.notes or (inner.notes and kind in (Hobbit, D2moe, Mc, Auto)))
-    if "spare" in options and not is_lossy:
+    may_be = (
+        isinstance(inner, Auto) and inner.options.lossy
+    )  # though it is not where everything fits
+    if "spare" in options and not (is_lossy or may_be):
         raise ValueError("spare: nothing here is lossy")
     spared = spared_experts(setting, levers.spare) if is_lossy else None
     if dropping.eviction in ("own", *CACHE_OWN) and not levers.notes and spared is None:

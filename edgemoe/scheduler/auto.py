@@ -79,11 +79,13 @@ class Auto(Scheduler):
         self._bits_of = np.array([0, *setting.level_bits], np.int8)
         self._now = self.kept = _Choice()
         self._done: list[str] = []
-        self._to_try: list[tuple[str, Callable[[_Choice], _Choice]]] = [
-            ("next-use", lambda c: replace(c, eviction="next-use")),
-            ("look_ahead", lambda c: replace(c, look_ahead=True)),
-        ]
-        if o.lossy:
+        self._to_try: list[tuple[str, Callable[[_Choice], _Choice]]] = []
+        if not setting.fits:
+            self._to_try += [
+                ("next-use", lambda c: replace(c, eviction="next-use")),
+                ("look_ahead", lambda c: replace(c, look_ahead=True)),
+            ]
+        if o.lossy and not setting.fits:
             self.leaves_out = o.skip_below > 0
             self._to_try += [
                 (f"miss_bits {o.miss_bits}", lambda c: replace(c, miss_bits=o.miss_bits)),
@@ -93,8 +95,6 @@ class Auto(Scheduler):
                 f"lossy: may run experts that are not resident at {o.miss_bits} bits and skip those "
                 f"below {o.skip_below:g} of the largest gate, if that is faster",
             )
-        if setting.fits:
-            self._to_try.clear()
         self.reads_ahead = bool(self._to_try)
         self._trial = Trial(o.window, o.rounds) if self._to_try else None
 

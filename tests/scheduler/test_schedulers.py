@@ -1083,9 +1083,11 @@ def test_auto_keeps_what_pays():
 
 
 def test_auto_tries_nothing_when_all_fits():
-    auto = Auto(setting(layers=1, slots=4))
-    run_auto(auto, lambda a, p: 1.0, tokens=50)
-    assert auto.report() == ""
+    for options in ({}, {"lossy": True}, {"lossy": True, "spare": "none"}):
+        auto = SCHEDULERS["auto"](setting(layers=1, slots=4), **options)
+        run_auto(auto, lambda a, p: 1.0, tokens=50)
+        assert auto.report() == ""
+        assert (auto.notes, auto.leaves_out, auto.reads_ahead) == ((), False, False)
 
 
 # --- options
