@@ -1,7 +1,8 @@
 """What a scheduler is told (`Routing`), and what it answers (`Plan`, `Priorities`). Values only.
 
-A plan is a few flat arrays, not an object per expert: one is made for every layer and token. Plans and routings are
-not changed once made, but not frozen either, since frozen dataclasses take three times as long to construct.
+A plan is a few flat arrays, not an object per expert: one is made for every layer and token. Nobody changes a routing
+once a scheduler has it, nor a plan once the scheduler has returned it. They are not frozen, since frozen dataclasses
+take three times as long to construct.
 """
 
 from __future__ import annotations
