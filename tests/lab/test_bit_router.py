@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -33,6 +34,7 @@ from edgemoe.quant import SCHEMES, BitRouters
 from edgemoe.scheduler import SCHEDULERS, Setting
 from edgemoe.scheduler.d2moe import D2moe
 from edgemoe.scheduler.plans import slot_bits
+from edgemoe.specs import RopeSpec
 from edgemoe.store.floats import dense_floats, expert_floats
 
 TEXT = "The sea is never still, and the whale knows why it is so. " * 12
@@ -104,6 +106,30 @@ def test_the_model_in_torch_computes_what_the_reference_does(name, tmp_path):
     model = Routed(open_moe(tmp_path / "x.moe"), (2, 8), rate=0.01)
     got = model.logits(np.array([ids, ids], np.int32))
     assert np.abs(got - expected).max() <= 1e-4 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize(
+    ("where", "what"),
+    [
+        ("mixer", {"gate": "sigmoid"}), ("mixer", {"gate": "softplus_head"}), ("mixer", {"sinks": True}),
+        ("mixer", {"v_norm": True}), ("mixer", {"chunk": 8}),
+        ("mixer", {"growth": 0.1, "grow_every": 8}), ("mixer", {"qk_norm": "unit"}),
+        ("mixer", {"rope": RopeSpec(dim=2)}), ("mixer", {"rope": None}),
+        ("config", {"scoring": "sigmoid"}), ("config", {"choice_bias": True}), ("config", {"gate_scale": 2.0}),
+        ("config", {"router_bias": True}), ("config", {"activation": "geglu"}), ("config", {"expert_bias": True}),
+        ("config", {"out_norms": True}), ("config", {"head_bias": True}), ("config", {"soft_cap": 30.0}),
+        ("config", {"groups": 2, "used_groups": 2}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_the_model_in_torch_does_not_compute_is_refused_by_name(tiny_moe, where, what):
+    moe = open_moe(tiny_moe)
+    (mixer,) = moe.config.mixers
+    changed = {"mixers": (dataclasses.replace(mixer, **what),)} if where == "mixer" else what
+    moe = dataclasses.replace(moe, config=dataclasses.replace(moe.config, **changed))
+    name = next(iter(what)).replace("rope", "RoPE")
+    with pytest.raises(FormatError, match=f"of family {moe.config.family} yet: {name} "):
+        Routed(moe, (2, 8), rate=0.01)
 
 
 def test_the_model_in_torch_is_nearly_the_engine(tiny_moe):

@@ -9,7 +9,7 @@ layer, and the gate as an input is ours. Only these linear layers are trained. T
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -18,10 +18,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from edgemoe.config import ModelConfig
 from edgemoe.errors import FormatError
 from edgemoe.file.format import MoeFile
 from edgemoe.lab.bits.choosing import Choosing, ffn
-from edgemoe.specs import AttentionSpec, MixerSpec, RouterSpec
+from edgemoe.specs import AttentionSpec
 from edgemoe.store.floats import dense_floats, expert_floats
 
 __all__ = ["Routed", "Step", "model_bytes", "use_threads"]
@@ -53,6 +54,17 @@ def use_threads(count: int) -> None:
     torch.set_num_threads(count)
 
 
+# The fields that `Routed` computes. A model is refused if others are not at their defaults.
+_CONFIG = frozenset(
+    ("family", "vocab_size", "hidden_size", "num_layers", "context_length", "norm_eps", "tied", "mixers",
+     "layer_mixers", "num_experts", "experts_per_token", "expert_hidden", "moe_layers", "scoring", "renormalise",
+     "shared_hidden", "shared_sigmoid", "embedding_multiplier", "residual_multiplier", "logits_divisor", "eos_ids")
+)  # fmt: skip
+_ATTENTION = frozenset(
+    ("num_heads", "num_kv_heads", "head_dim", "scale", "rope", "window", "qkv_bias", "o_bias", "qk_norm", "norm_eps",
+     "clip")
+)  # fmt: skip
+
 _SHARPNESS = 3.0
 """Of the initial rule: the difference of logits at one standard deviation of gates from a cut."""
 _FEW_RATE = 10.0  # factor for `gate_weight` and `bias`: they have one input, `weight` has D
@@ -70,25 +82,10 @@ class Routed:
             FormatError: a checksum does not match, or the model has parts that this decoder does not support.
         """
         self.config = c = moe.config
-        simple = RouterSpec(
-            num_experts=c.num_experts, top_k=c.experts_per_token, scoring=c.scoring,
-            renormalise=c.renormalise, gate_scale=1.0, groups=1, used_groups=1, group_score="max",
-        )  # fmt: skip
-        if (
-            c.router != simple
-            or c.scoring in ("sigmoid", "sparsemixer")
-            or c.choice_bias
-            or c.gate_input
-            or c.router_bias
-            or c.activation != "swiglu"
-            or c.expert_bias
-            or c.out_norms
-            or c.branch_norms
-            or c.soft_cap is not None
-            or c.head_bias
-            or not all(map(_is_known, c.mixers))
-        ):
-            raise FormatError(f"bit routers cannot be trained for models of family {c.family} yet")
+        if (what := _unknown(c)) is not None:
+            raise FormatError(
+                f"bit routers cannot be trained for models of family {c.family} yet: {what}"
+            )
         self.bits = torch.tensor(levels, dtype=torch.float32)
         self._levels = tuple(levels)
         self._dense = {name: torch.from_numpy(w) for name, w in dense_floats(moe).items()}
@@ -289,15 +286,25 @@ class Routed:
         return angles.cos() * spec.scale, angles.sin() * spec.scale
 
 
-def _is_known(mixer: MixerSpec) -> bool:
-    """Returns whether `Routed` can compute this mixer."""
-    return (
-        isinstance(mixer, AttentionSpec)
-        and mixer.rope_dim == mixer.head_dim
-        and not mixer.norm_after_rope
-        and not (mixer.sinks or mixer.shared_kv or mixer.v_norm or mixer.chunk or mixer.growth)
-        and mixer.qk_norm != "unit"
-    )
+def _unknown(config: ModelConfig) -> str | None:
+    """Returns what of a model `Routed` does not compute; None if it computes everything."""
+    for mixer in config.mixers:
+        if not isinstance(mixer, AttentionSpec):
+            return f"a mixer of the kind {mixer.kind}"
+        if mixer.rope_dim != mixer.head_dim:
+            return f"RoPE on {mixer.rope_dim} of {mixer.head_dim} columns"
+        if mixer.qk_norm == "unit":
+            return "qk_norm unit"
+    if config.scoring not in ("softmax", "softmax_topk"):
+        return f"scoring {config.scoring}"
+    if not all(config.ffn(i).exists for i in range(config.num_layers)):
+        return "a layer without an FFN"
+    parts: list[tuple[Any, frozenset[str]]] = [(mixer, _ATTENTION) for mixer in config.mixers]
+    for part, known in ((config, _CONFIG), *parts):
+        for field in fields(part):
+            if field.name not in known and getattr(part, field.name) != field.default:
+                return f"{field.name} {getattr(part, field.name)}"
+    return None
 
 
 def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
