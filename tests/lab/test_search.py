@@ -440,6 +440,23 @@ def test_time_that_is_over(tiny_moe, calibrated, windows, tmp_path):
     assert same(searched(tiny_moe, calibrated, windows, keep, seconds=1000), whole)
 
 
+def test_a_search_that_ends_early_lets_go_of_the_model(
+    tiny_moe, calibrated, windows, tmp_path, monkeypatch
+):
+    open_model, made = mixed_loss.open_model, []
+
+    def opened(path, options):
+        found = open_model(path, options)
+        made.append(weakref.ref(found.model.experts))
+        return found
+
+    monkeypatch.setattr(mixed_loss, "open_model", opened)
+    with pytest.raises(TimeoutError) as error:
+        searched(tiny_moe, calibrated, windows, tmp_path / "a", seconds=0)
+    assert error.tb is not None  # its frames know the loss
+    assert [experts() for experts in made] == [None]
+
+
 def test_a_search_goes_on_where_it_was(tiny_moe, calibrated, windows, tmp_path):
     whole = searched(tiny_moe, calibrated, windows, tmp_path / "a")
     assert whole.loss <= whole.start_loss

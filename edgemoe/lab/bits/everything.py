@@ -104,36 +104,31 @@ def search_everything(
     errors, spared = _errors(calibration, units), _super_experts(calibration) if protect else []
     lowest = _lowest(units, spared)
     _check(len(windows), last, units.bytes(lowest), total)
-    identity = {
-        **KvTable.identity(moe), "bytes": total, "context": context, "protected": len(spared),
-        "weights": _weights(moe), **_sums(rounds, windows, errors),
-    }  # fmt: skip
+    identity = {"bytes": total, "context": context, "protected": len(spared)}
+    identity |= _identity(moe, rounds, windows, errors)
     saved = SearchFile(keep, identity, is_new=is_new)
     steps, clock, depth = _steps(units, lowest), Clock(seconds), moe.config.num_layers
     efforts = {name: rounds.alone * (depth - units.first_layer(of)) for name, of in steps.items()}
     judges, each = 0 if held_out is None else len(held_out), depth * rounds.measured
     effort = sum(efforts.values()) + depth * (last + 3 * judges) + rounds.generations * each
     work = Work(effort, progress)
-    loss = MixedLoss(path, windows[:last], most=judges, told=work.count, **options)
-    measured = Measured(loss, units)
-    measure_alone(steps, efforts, saved, measured, rounds.alone, work, clock)
-    field = Field(
-        cost=_costs(saved.costs, units, errors), sizes=units.sizes, lowest=lowest, highest=units.top, total=total
-    )  # fmt: skip
-    first = field.least_sum()
-    work.begin(depth * last)
-    if (state := saved.standing(units.top)) is None:
-        saved.begin(state := Standing(0, first, measured([first], last)[0]))
-    work.begin(state.generation * each)
-    judged, is_interrupted = None, False
-    try:
-        _evolve(state, measured, field, rounds, saved, clock, partial(work.begin, each))
-        if held_out is not None:
-            loss.take(held_out)
-            judged = _judged(loss, units, first, state.parent)
-        work.begin(0)
-    except KeyboardInterrupt:
-        is_interrupted, state = True, saved.standing(units.top) or state
+    with MixedLoss(path, windows[:last], most=judges, told=work.count, **options) as loss:
+        measured = Measured(loss, units)
+        measure_alone(steps, efforts, saved, measured, rounds.alone, work, clock)
+        costs = _costs(saved.costs, units, errors)
+        field = Field(cost=costs, sizes=units.sizes, lowest=lowest, highest=units.top, total=total)
+        first = field.least_sum()
+        work.begin(depth * last)
+        if (state := saved.standing(units.top)) is None:
+            saved.begin(state := Standing(0, first, measured([first], last)[0]))
+        work.begin(state.generation * each)
+        judged, is_interrupted = None, False
+        try:
+            _evolve(state, measured, field, rounds, saved, clock, partial(work.begin, each))
+            judged = _judged(loss, held_out, units, first, state.parent)
+            work.begin(0)
+        except KeyboardInterrupt:
+            is_interrupted, state = True, saved.standing(units.top) or state
     settings = {"bytes": total, "context": context, "seed": rounds.seed, "loss": state.loss}
     allocation, table = _files(units, state.parent, settings, spared)
     return Found(
@@ -172,12 +167,15 @@ def _evolve(
     evolve(state, measured, field, rounds, done=after, is_over=clock.is_over)
 
 
-def _sums(rounds: Rounds, windows: NDArray[np.int32], errors: Floats) -> dict[str, Any]:
-    """Returns the settings that determine what a search measures, as JSON values: all but the number of generations."""
+def _identity(
+    moe: MoeFile, rounds: Rounds, windows: NDArray[np.int32], errors: Floats
+) -> dict[str, Any]:
+    """Returns the model and what determines what a search measures, as JSON values: not the number of generations."""
     settings = json.loads(json.dumps(asdict(rounds) | {"generations": None}))
     tokens = windows[: rounds.windows[-1]]
     return {
-        "rounds": settings, "tokens": zlib.crc32(tokens.tobytes()), "errors": zlib.crc32(errors.tobytes())
+        **KvTable.identity(moe), "weights": _weights(moe), "rounds": settings,
+        "tokens": zlib.crc32(tokens.tobytes()), "errors": zlib.crc32(errors.tobytes()),
     }  # fmt: skip
 
 
@@ -213,9 +211,16 @@ def _files(
 
 
 def _judged(
-    loss: MixedLoss, units: Units, first: Choice, found: Choice
-) -> tuple[float, float, float]:
-    """Returns the losses of two choices, and the standard error of the difference."""
+    loss: MixedLoss,
+    held_out: NDArray[np.int32] | None,
+    units: Units,
+    first: Choice,
+    found: Choice,
+) -> tuple[float, float, float] | None:
+    """Returns the losses of two choices on a held-out text, and the standard error of the difference."""
+    if held_out is None:
+        return None
+    loss.take(held_out)
     before, now = (of.reshape(-1) for of in loss([units.mix(first), units.mix(found)]))
     return float(before.mean()), float(now.mean()), standard_error(now - before, len(loss.windows))
 

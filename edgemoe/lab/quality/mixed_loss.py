@@ -54,7 +54,7 @@ class _Front:
 
 
 class MixedLoss:
-    """An open model that measures choices on the same tokens, layer by layer.
+    """An open model that measures choices on the same tokens, layer by layer. A context manager.
 
     All choices that are measured together go through a layer before any of them goes through the next one. If choices
     are alike up to a layer, these layers are computed once. Choices with the same bits in a layer go through it in one
@@ -130,6 +130,14 @@ class MixedLoss:
             )
         self.windows = windows
         self._reference.clear()
+
+    def __enter__(self) -> MixedLoss:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Frees the model and the predictions, whoever still has this object, such as an error's traceback."""
+        self._reference.clear()
+        del self._experts, self._decoder, self._shared, self._layers, self._logits
 
     def most(self, windows: int) -> int:
         """Returns how many mixes can go through the layers together on this number of windows."""
