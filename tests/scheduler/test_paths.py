@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -240,6 +241,14 @@ def test_reports_and_replays_know_it(trained, tmp_path, capsys):
     found = {p["name"]: p["recall"] for p in report["predictors"]}
     assert 0 < found["trained path"] <= 1
     assert found["trained path, token before"] > 0
+    assert main(["profile", "report", str(trace), "--model", str(model)]) == 0
+    shown = dict(
+        re.findall(r"\| (trained[^|]*|token[^|]*|frequency) \| ([^|]*) \|", capsys.readouterr().out)
+    )
+    assert shown == {
+        "token before": "token before", "frequency": "always", "trained path": "token",
+        "trained path, token before": "token before",
+    }  # fmt: skip
     command = ["profile", "replay", str(trace), "--schedulers", "expertflow", "--budgets", "50%"]
     assert main([*command, "--model", str(model), "--set", "expertflow.predictor=trained"]) == 0
     assert main(["profile", "train", str(model), str(tmp_path / "no.trace")]) == 1

@@ -90,7 +90,7 @@ def predictors(values: Sequence[Prediction]) -> Table:
         ["guess", "layers ahead", "recall", "useful of the bytes read", "of missed bytes in time", "in time per token"],
         [
             [
-                p.name, str(p.distance) if p.distance else "token before" if p.name == "token before" else "always",
+                p.name, p.when or str(p.distance),
                 _percent(p.recall), _percent(p.useful), _percent(p.in_time), _megabytes(p.in_time_bytes),
             ]
             for p in values

@@ -31,6 +31,8 @@ class Prediction:
     name: str
     distance: int
     """Layers between the guess and its use; 0 for a guess that needs no layer of the same token."""
+    when: str
+    """When a guess of distance 0 can be made: "always", or once the "token" or the "token before" is known; else ""."""
     recall: float
     """The share of the experts used that were guessed."""
     useful: float
@@ -68,7 +70,7 @@ def predictions(
     half = T // 2
     uses = np.zeros((T, L, header.num_experts), bool)
     np.put_along_axis(uses, experts, True, axis=2)
-    guesses: list[tuple[str, int, Ids]] = []
+    guesses: list[tuple[str, int | str, Ids]] = []
     if header.look_ahead:
         ahead = trace.by_token("ahead_experts", single=True).astype(np.int64)  # [T, L, p, K]
         for d in range(1, header.look_ahead + 1):
@@ -80,13 +82,14 @@ def predictions(
     guesses.append(("two layers' table", 1, _best(two, K)))
     before = np.full((T, L, K), NO_EXPERT, np.int64)
     before[1:] = experts[:-1]
-    guesses.append(("token before", 0, before))
+    guesses.append(("token before", "token before", before))
     counts = uses[:half].sum(axis=0).astype(np.float64)
-    guesses.append(("frequency", 0, _best(np.broadcast_to(counts, uses.shape), K)))
+    guesses.append(("frequency", "always", _best(np.broadcast_to(counts, uses.shape), K)))
     guesses += _trained(trace, (sections or {}).get(SECTION), K)
     absent, room = _room(trace, timing)
     out = []
-    for name, d, guess in guesses:
+    for name, ahead_of, guess in guesses:
+        d, when = (0, ahead_of) if isinstance(ahead_of, str) else (ahead_of, "")
         test = slice(half, T)
         first = max(d, 1) if name != "two layers' table" else 2
         g, u, a = guess[test, first:], uses[test, first:], absent[test, first:]
@@ -110,6 +113,7 @@ def predictions(
             Prediction(
                 name=name,
                 distance=d,
+                when=when,
                 recall=recall,
                 useful=useful,
                 in_time=in_time,
@@ -119,7 +123,7 @@ def predictions(
     return out
 
 
-def _trained(trace: Trace, section: bytes | None, K: int) -> list[tuple[str, int, Ids]]:
+def _trained(trace: Trace, section: bytes | None, K: int) -> list[tuple[str, str, Ids]]:
     """Returns a trained predictor's guesses when the token is known, and when only the token before it is known."""
     header, ids = trace.header, trace.by_token("id")[:, 0]
     if section is None or (ids == NO_TOKEN).any():
@@ -138,8 +142,8 @@ def _trained(trace: Trace, section: bytes | None, K: int) -> list[tuple[str, int
         if is_single[i]:
             now.append(predictor.now.copy())
     return [
-        ("trained path", 0, _best(np.array(now), K)),
-        ("trained path, token before", 0, _best(np.array(after), K)),
+        ("trained path", "token", _best(np.array(now), K)),
+        ("trained path, token before", "token before", _best(np.array(after), K)),
     ]
 
 
