@@ -102,7 +102,7 @@ class ExpertSums:
         if key in self._file.shapes:
             total = np.zeros(self._file.shapes[key][1:], np.float32)
             for e in range(len(counts)):  # one expert at a time: products are large
-                total += self._file.row(key, e)
+                total += checked(self._file, key, self._file.row(key, e))
         else:
             taken = (self.chosen(layer) < len(counts)).sum(axis=1)
             total = self._products(layer, np.flatnonzero(taken), np.sqrt(taken[taken > 0]))

@@ -113,6 +113,14 @@ def test_what_is_no_calibration_of_the_model_is_refused(
     assert message in refused(written(tmp_path / "x", **{name: value}))
 
 
+def test_another_expert_s_sums_are_checked_where_they_are_mixed_in(tmp_path: Path) -> None:
+    counts, squares = np.full(8, 100), np.ones((8, 96), np.float32)
+    counts[0], squares[3, 5] = 1, -1.0
+    path = written(tmp_path / "x", experts__0__count=counts, experts__0__in__squares=squares)
+    with pytest.raises(FormatError, match=r"experts\.0\.in\.squares: expected sums, none below 0"):
+        Calibration(path).diagonal("experts.0.0.gate")
+
+
 def test_what_tokens_give_to_a_layer_that_counts_none_is_refused(tmp_path: Path) -> None:
     known = tensors()
     changes = {
