@@ -220,7 +220,7 @@ class PathUse(NextUse):
     def learn(self) -> None:
         """See `NextUse.learn`."""
         super().learn()
-        if self._can_learn and self._weigh_after.is_due:
+        if self._can_learn and self._weigh_after.count_token():
             used = self._now[self._turns.take(), 1].reshape(-1)
             self._weigh_after.learn(self._asked, used)
             if self._was_asked:

@@ -70,9 +70,8 @@ class Logistic:
         """[n, n]; None before anything is learned."""
         self._tokens = 0
 
-    @property
-    def is_due(self) -> bool:
-        """Whether to learn from this token. Reading it counts the token."""
+    def count_token(self) -> bool:
+        """Counts a token; returns whether to learn from it."""
         due = self.is_next_due
         self._tokens += 1
         return due
@@ -187,7 +186,7 @@ class NextUse:
         """Called after all layers have run. Learns from what was predicted for them one token before."""
         if self._is_first:
             self._is_first = False
-        elif self.habit.is_due:
+        elif self.habit.count_token():
             layers = self._lesson.take()
             self.habit.learn(features_first(self._before[layers]), self._now[layers, 1].reshape(-1))
         self._is_lesson = self.habit.is_next_due
