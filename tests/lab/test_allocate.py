@@ -49,7 +49,7 @@ def test_the_programme_is_solved_exactly(bits, need):
             cost[rng.random(cost.shape) < 0.1] = np.inf
             expected = brute_force(cost, bits, total, need)
             if expected == np.inf:
-                with pytest.raises(ValueError, match="do not suffice"):
+                with pytest.raises(ValueError, match="does not suffice"):
                     rules.cheapest(cost, bits, total, at_least_one=need)
                 continue
             choice = rules.cheapest(cost, bits, total, at_least_one=need)
@@ -60,9 +60,17 @@ def test_the_programme_is_solved_exactly(bits, need):
     assert solved > 5
 
 
-def test_too_few_bits_are_refused():
-    with pytest.raises(ValueError, match="the lowest level takes 2"):
+def test_too_few_bits_are_refused(tiny_moe, calibrated):
+    # Of bits or of bytes, for experts or for keys and values.
+    with pytest.raises(
+        ValueError, match="total: expected at least 8, which the lowest levels take, got 7"
+    ):
         rules.cheapest(np.ones((4, 2)), (2, 3), 7)
+    for method in ("error", "pmq", "frequency"):
+        with pytest.raises(ValueError, match=r"average bits: expected (at least )?2.*, got 1\.9"):
+            allocate(
+                tiny_moe, method, Settings(average_bits=1.9), calibration=Calibration(calibrated)
+            )
 
 
 def test_pmq_cost():
@@ -291,7 +299,7 @@ def test_what_is_missing_is_said(tiny_moe, calibrated):
     refused("expected a text", method="expertwise", average_bits=3)
     refused("levels: expected some of 2, 3, 4, 6, 8", calibration=c, average_bits=3, levels=(2, 5))
     refused("levels: expected 2, got 3", "random", average_bits=3, levels=(2, 3, 4))
-    refused("the lowest level takes 2", calibration=c, average_bits=1.5)
+    refused("average bits: expected at least 2, got 1.5", calibration=c, average_bits=1.5)
     refused("average bits: missing", calibration=c)
 
 

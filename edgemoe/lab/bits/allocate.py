@@ -192,6 +192,8 @@ class _Model:
             cost[layer, expert, : max((~lacks[layer, expert]).sum() - 1, 0)] = np.inf
         cost = np.where(lacks, np.inf, cost)
         L, E = self.shape
+        if self.average < levels[0]:
+            raise ValueError(f"average bits: expected at least {levels[0]}, got {self.average:g}")
         if not self.settings.per_layer:
             total = int(self.average * L * E + 1e-9)
             return rules.cheapest(cost.reshape(L * E, -1), levels, total).reshape(L, E)

@@ -21,33 +21,33 @@ _INFINITY = math.inf
 
 
 def cheapest(
-    cost: Floats, bits: Sequence[int] | Choice, total_bits: int, *, at_least_one: Sequence[int] = ()
+    cost: Floats, sizes: Sequence[int] | Choice, total: int, *, at_least_one: Sequence[int] = ()
 ) -> Choice:
-    """Chooses one level per expert, so that the sum of costs is least and the sum of bits is at most `total_bits`.
+    """Chooses one level per expert, so that the sum of costs is least and the sum of sizes is at most `total`.
 
-    It is an exact dynamic programme over (expert, bits used), in O(experts * budget * levels).
+    It is an exact dynamic programme over (expert, size used), in O(experts * budget * levels).
 
     Args:
         cost: [n, B]; infinite where a level is not allowed.
-        bits: [B], ascending, or [n, B] for each expert's own. Any unit of size will do.
-        total_bits: the budget, in the same unit.
+        sizes: [B], ascending, or [n, B] for each expert's own; bits, or any other unit.
+        total: the budget, in the same unit.
         at_least_one: levels (indices) each of which at least one expert must have, as in PMQ.
 
     Returns:
-        [n], levels. Of equally good choices, the one with fewer bits for the later experts.
+        [n], levels. Of equally good choices, the one with smaller sizes for the later experts.
 
     Raises:
         ValueError: not even the lowest levels fit, or a level of `at_least_one` does not.
     """
-    sizes = np.broadcast_to(np.asarray(bits, np.int64), cost.shape)
-    lowest = int(sizes[:, 0].sum())
-    extra = sizes - sizes[:, :1]
+    table = np.broadcast_to(np.asarray(sizes, np.int64), cost.shape)
+    lowest = int(table[:, 0].sum())
+    extra = table - table[:, :1]
     unit = math.gcd(*extra.reshape(-1).tolist()) or 1
     steps = (extra // unit).tolist()
-    room = (total_bits - lowest) // unit
+    room = (total - lowest) // unit
     if room < 0:
         raise ValueError(
-            f"{total_bits / len(cost):g} bits per expert; the lowest level takes {lowest / len(cost):g}"
+            f"total: expected at least {lowest}, which the lowest levels take, got {total}"
         )
     room = min(room, sum(own[-1] for own in steps))
     flags = {level: 1 << i for i, level in enumerate(at_least_one)}
@@ -70,7 +70,7 @@ def cheapest(
         best = new
     used = int(np.argmin(best[every]))
     if best[every, used] == _INFINITY:
-        raise ValueError(f"{total_bits} bits do not suffice for what must be among them")
+        raise ValueError(f"total: {total} does not suffice for the levels that must be among them")
     out = np.empty(len(cost), np.int64)
     flag = every
     for i in range(len(cost) - 1, -1, -1):
