@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from edgemoe.errors import FormatError, quoted
 from edgemoe.file.parse import parse_object
 
-__all__ = ["is_finite", "no_form", "read_form", "view"]
+__all__ = ["is_finite", "need_weights", "no_form", "read_form", "view"]
 
 _MOST_HEADER = 100_000_000  # bytes, the library's limit
 _TYPES: dict[str, np.dtype[Any]] = {"F16": np.dtype("<f2"), "F32": np.dtype("<f4")}
@@ -90,3 +90,9 @@ def no_form(where: str, what: str) -> FormatError:
 def is_finite(tensor: NDArray[np.floating]) -> bool:
     """Returns whether all values are finite, by checking the minimum and the maximum: this takes no temporary array."""
     return bool(tensor.size == 0 or (np.isfinite(tensor.min()) and np.isfinite(tensor.max())))
+
+
+def need_weights(matrix: NDArray[np.floating]) -> None:
+    """Raises a ValueError for a matrix without rows or columns."""
+    if not matrix.size:
+        raise ValueError(f"expected a matrix of weights, got {list(matrix.shape)}")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from edgemoe.file.tensors import is_finite
+from edgemoe.file.tensors import is_finite, need_weights
 
 __all__ = ["LADDER", "mxfp4", "nvfp4", "rung_bytes"]
 
@@ -52,6 +52,7 @@ def mxfp4(w: Array) -> Bytes:
     Raises:
         ValueError: w is not exactly representable in MXFP4.
     """
+    need_weights(w)
     if not is_finite(w):
         raise ValueError(_NO_MXFP4)
     return np.concatenate([_mxfp4(w[i : i + _CHUNK]) for i in range(0, len(w), _CHUNK)])
@@ -80,6 +81,7 @@ def nvfp4(w: Array) -> Bytes:
     Raises:
         ValueError: w is not representable in NVFP4, up to the rounding of products in float32.
     """
+    need_weights(w)
     groups = _grouped(w, 16)
     top = np.maximum(groups.max(-1), -groups.min(-1)).astype(np.float64)
     for whole in _factors(top) if is_finite(w) else ():

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgemoe.file.tensors import is_finite
+from edgemoe.file.tensors import is_finite, need_weights
 
 __all__ = ["GROUP", "LADDERS", "Matryoshka", "fit", "is_ladder", "quantize", "rung_bytes"]
 
@@ -140,6 +140,7 @@ def fit(
         ValueError: a weight is not finite or beyond float16, or the moments are not finite or of another shape.
     """
     rows, cols = w.shape
+    need_weights(w)
     if not bool((np.abs(w) < 65504).all()):
         raise ValueError("quantize: a weight is not finite, or too large for float16 scales")
     moments = None if second_moments is None else _moments(second_moments, cols)

@@ -17,6 +17,7 @@ from edgemoe.quant import (
     LEVEL_WEIGHTS,
     ROUNDING_WEIGHTS,
     ROW_SCALES,
+    SCHEMES,
     Calibration,
     plane_widths,
     quantize,
@@ -26,6 +27,14 @@ from edgemoe.quant import (
 LADDER = (2, 3, 4, 6, 8)
 WIDTHS = plane_widths(LADDER)
 LEVELS = [(bits, float(ROUNDING_WEIGHTS[bits - 1])) for bits in LADDER]
+
+
+@pytest.mark.parametrize("shape", [(0, 64), (3, 0)])
+@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
+def test_a_matrix_without_weights_is_refused_by_every_scheme(scheme, shape):
+    w = np.zeros(shape, np.float32)
+    with pytest.raises(ValueError, match=r"expected (a matrix of weights|1 to \d+), got"):
+        scheme.quantize(w, scheme.ladders[0], second_moments=None, threads=1)
 
 
 def weights(rows, cols, seed=0):
