@@ -62,6 +62,11 @@ def test_an_answer_is_right_if_greedy_decoding_writes_it(
     assert not wrong.is_right  # although it begins right
 
 
+def test_without_items_there_is_nothing_to_judge(tiny_moe: Path, tokenizer: Tokenizer) -> None:
+    with pytest.raises(ValueError, match="items: expected at least 1, got none"):
+        judge(tiny_moe, TRIAL, [], tokenizer)
+
+
 def test_the_likeliest_choice_counts(tiny_moe: Path, tokenizer: Tokenizer) -> None:
     texts = (" ship", " old man", " and then the whale")
     with edgemoe.load(tiny_moe, bits=8, dense_bits=8, context=64) as engine:

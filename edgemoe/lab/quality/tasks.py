@@ -132,8 +132,11 @@ def judge(
         progress: called with the items done and all items.
 
     Raises:
-        ValueError: an item is longer than the model's context, or its answer has no tokens; and what `load` raises.
+        ValueError: there are no items, one is longer than the model's context, or its answer has no tokens; and what
+            `load` raises.
     """
+    if not items:
+        raise ValueError("items: expected at least 1, got none")
     tokens = [
         [_split(tokenizer, item, text) for text in item.choices or (item.answer,)] for item in items
     ]
