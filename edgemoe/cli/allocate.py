@@ -234,7 +234,7 @@ def _parser() -> argparse.ArgumentParser:
                         help="pmq: exponents of frequency, gate weight and error (default: 1,1,2 as published; "
                         "its code computes 1,1.5,1)")
     parser.add_argument("--per-layer", action="store_true",
-                        help="give every layer the same average, as published for pmq")
+                        help="give every layer the same average, as published for pmq; not for first-blocks")
     parser.add_argument("--no-protect", action="store_true",
                         help="do not give Super Experts the highest of these bits")
     parser.add_argument("--seed", type=int, metavar="N", help="random, search: the seed (default: 0)")

@@ -240,8 +240,15 @@ def windows(tiny_moe):
     return windows_of(open_moe(tiny_moe), TEXT, window=64, count=2)
 
 
-@pytest.mark.parametrize("per_layer", [False, True])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "per_layer"),
+    [
+        (name, how)
+        for name in METHODS
+        for how in (False, True)
+        if (name, how) != ("first-blocks", True)
+    ],
+)
 def test_methods_keep_the_average(tiny_moe, calibrated, windows, method, per_layer):
     settings = Settings(average_bits=2.75, per_layer=per_layer)
     found = allocate(
@@ -258,6 +265,17 @@ def test_methods_keep_the_average(tiny_moe, calibrated, windows, method, per_lay
         tiny_moe, method, settings, calibration=Calibration(calibrated), windows=windows
     )
     assert np.array_equal(found.bits, again.bits)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [("first-blocks", {"average_bits": 2.75}), ("expertwise", {"max_loss": 0.1})],
+)
+def test_methods_that_tell_layers_apart_take_no_average_of_a_layer(
+    tiny_moe, windows, method, settings
+):
+    with pytest.raises(ValueError, match="^per layer: "):
+        allocate(tiny_moe, method, Settings(per_layer=True, **settings), windows=windows)
 
 
 def test_error_is_the_least_that_is_predicted(tiny_moe, calibrated):

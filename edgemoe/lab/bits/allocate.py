@@ -238,6 +238,8 @@ def _frequency(model: _Model) -> _Answer:
 
 
 def _first_blocks(model: _Model) -> _Answer:
+    if model.settings.per_layer:
+        raise ValueError("per layer: not for first-blocks, which gives layers different averages")
     levels = model.pair()
     return levels, model.ranked(
         -np.arange(np.prod(model.shape), dtype=float).reshape(model.shape), levels
@@ -272,6 +274,8 @@ def _expertwise(model: _Model) -> _Answer:
     have = [rung[0] for rung in model.moe.ladder]
     n = model.shape[0] * model.shape[1]
     most = model.settings.max_loss
+    if most is not None and model.settings.per_layer:
+        raise ValueError("per layer: expected without a max loss, which is that of the whole model")
     with Loss(model.moe.path, model.windows, reference=have[-1]) as loss:
         levels = model.pair(among=(2, 4, 8)) if most is None else _bracket(model, loss, most)
         low, high = levels
