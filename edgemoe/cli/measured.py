@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any
 
-    from edgemoe.lab.quality.choice import Choice
+    from edgemoe.lab.quality.choice import Chosen
 
 __all__ = ["MAX_LOSS_HELP", "check", "cost", "pick", "share"]
 
@@ -164,7 +164,7 @@ def _where(report: Mapping[str, Any]) -> str:
     return f"on {report['measured_on'].removeprefix('text: ').partition('; reference')[0]}"
 
 
-def _about(found: Choice, report: Mapping[str, Any]) -> str:
+def _about(found: Chosen, report: Mapping[str, Any]) -> str:
     where = _where(report)
     if found.row is not None:
         return f"{_settings(found.row)}, perplexity {_loss(found.row)} {where}"

@@ -122,7 +122,7 @@ class Hobbit(Scheduler):
         self._fits_itself = o.t1 < 0 and setting.experts_per_token > 2
         self._gates_seen: list[NDArray[np.float32]] = []
         self._tokens, self._next_fit = 0, _FIRST_FIT
-        self._rest_on = 0  # how many tokens the thresholds were fitted to
+        self._fitted_to = 0  # tokens whose scores gave the thresholds; 0 before the first fit
         self.notes = (
             f"lossy: less important experts are read at {low} bits, and the least skipped, when not in memory",
         )
@@ -211,7 +211,7 @@ class Hobbit(Scheduler):
             self._gates_seen = [gates]
             scores = unimportance(gates)
             self.t1, self.t2 = fit_thresholds(scores, low=self.options.low, skip=self.options.skip)
-            self._rest_on, self._next_fit = self._tokens, 2 * self._tokens
+            self._fitted_to, self._next_fit = self._tokens, 2 * self._tokens
             if self._tokens >= _LAST_FIT:
                 self._fits_itself = False
                 self._gates_seen.clear()
@@ -219,11 +219,11 @@ class Hobbit(Scheduler):
     def state(self) -> Mapping[str, NDArray[Any]]:
         """See `Scheduler.state`."""
         o, watched = self.options, self._watch.state() if self._watch is not None else {}
-        if not self._rest_on:
+        if not self._fitted_to:
             return watched
         return {
             **watched,
-            "hobbit.thresholds": np.array([self.t1, self.t2, o.low, o.skip, self._rest_on]),
+            "hobbit.thresholds": np.array([self.t1, self.t2, o.low, o.skip, self._fitted_to]),
         }
 
     def restore(self, state: Mapping[str, NDArray[Any]]) -> None:
@@ -240,9 +240,9 @@ class Hobbit(Scheduler):
         t1, t2, low, skip, tokens = found.tolist()
         if (low, skip) == (self.options.low, self.options.skip) and 0 <= t1 <= t2 <= 1:
             self.t1, self.t2 = t1, t2
-            self._rest_on = int(tokens)
-            self._next_fit = max(_FIRST_FIT, self._rest_on)
-            self._fits_itself = self._rest_on < _LAST_FIT
+            self._fitted_to = int(tokens)
+            self._next_fit = max(_FIRST_FIT, self._fitted_to)
+            self._fits_itself = self._fitted_to < _LAST_FIT
 
     def report(self) -> str:
         """Returns the thresholds, and how well look-ahead does."""

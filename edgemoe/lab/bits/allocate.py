@@ -179,7 +179,7 @@ class _Model:
 
     def cheapest(
         self, cost: Floats, levels: Sequence[int], one: Sequence[int] = ()
-    ) -> rules.Choice:
+    ) -> rules.Levels:
         """Returns the cheapest allocation for all layers at once, or for each layer with `per_layer`.
 
         Args:
@@ -200,14 +200,14 @@ class _Model:
         total = int(self.average * E + 1e-9)
         return np.stack([rules.cheapest(c, levels, total, at_least_one=one) for c in cost])
 
-    def ranked(self, scores: Floats, levels: Sequence[int]) -> rules.Choice:
+    def ranked(self, scores: Floats, levels: Sequence[int]) -> rules.Levels:
         """Returns the allocation that gives the highest scores [L, E] the higher of two levels; `scores` is changed."""
         for layer, expert in self.protected:
             scores[layer, expert] = np.inf
         return rules.by_rank(scores, levels, self.average, per_layer=self.settings.per_layer)
 
 
-_Answer = tuple[Sequence[int], rules.Choice]
+_Answer = tuple[Sequence[int], rules.Levels]
 
 
 def _error(model: _Model) -> _Answer:
@@ -294,7 +294,7 @@ def _expertwise(model: _Model) -> _Answer:
             table[layer, expert] = np.inf
         order = np.argsort(table.reshape(-1), kind="stable")
 
-        def mix(count: int) -> rules.Choice:
+        def mix(count: int) -> rules.Levels:
             choice = np.ones(n, np.int64)
             choice[order[:count]] = 0
             return choice.reshape(model.shape)

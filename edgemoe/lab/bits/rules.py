@@ -15,14 +15,18 @@ from numpy.typing import NDArray
 __all__ = ["by_rank", "cheapest", "outlier_score", "pmq_cost", "super_experts"]
 
 Floats = NDArray[np.float64]
-Choice = NDArray[np.int64]
+Levels = NDArray[np.int64]
 
 _INFINITY = math.inf
 
 
 def cheapest(
-    cost: Floats, sizes: Sequence[int] | Choice, total: int, *, at_least_one: Sequence[int] = ()
-) -> Choice:
+    cost: Floats,
+    sizes: Sequence[int] | NDArray[np.int64],
+    total: int,
+    *,
+    at_least_one: Sequence[int] = (),
+) -> Levels:
     """Chooses one level per expert, so that the sum of costs is least and the sum of sizes is at most `total`.
 
     It is an exact dynamic programme over (expert, size used), in O(experts * budget * levels).
@@ -103,7 +107,7 @@ def pmq_cost(
     return out
 
 
-def by_rank(scores: Floats, bits: Sequence[int], average_bits: float, *, per_layer: bool) -> Choice:
+def by_rank(scores: Floats, bits: Sequence[int], average_bits: float, *, per_layer: bool) -> Levels:
     """Returns an allocation [L, E] in which as many experts as the average allows have the higher of two levels.
 
     These are the experts with the highest scores. QuantMoE-Bench (arXiv 2406.08155) ranks by frequency, by position and

@@ -29,7 +29,7 @@ from edgemoe.store import (
 )
 
 __all__ = [
-    "Choice",
+    "Chosen",
     "applies",
     "choose",
     "find",
@@ -57,7 +57,7 @@ _KEY = ("scheduler", "options", "bits", "dense_bits", "cache_types")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Choice:
+class Chosen:
     """The settings to run, and the nearest that were refused."""
 
     row: Row | None
@@ -221,7 +221,7 @@ def choose(
     max_loss: float,
     cache_types: tuple[str, str],
     slots: Callable[[int], int],
-) -> Choice:
+) -> Chosen:
     """Returns the cheapest row that surely loses at most `max_loss`, or the exact run if none is cheaper.
 
     Args:
@@ -251,9 +251,9 @@ def choose(
     cheaper = sorted((pair for pair in costs if pair[0] < exact), key=lambda pair: pair[0])
     for _, row in cheaper:
         if _bound(row) <= math.log1p(max_loss):
-            return Choice(row=row, nearest=None)
+            return Chosen(row=row, nearest=None)
     nearest = min((row for _, row in cheaper), key=_bound, default=None)
-    return Choice(row=None, nearest=nearest)
+    return Chosen(row=None, nearest=nearest)
 
 
 def is_plain(row: Row) -> bool:
