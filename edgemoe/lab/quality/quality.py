@@ -271,7 +271,6 @@ def score(
                 at += len(mine)
         if progress is not None:
             progress(i + 1, len(windows))
-    average = bits / uses if uses else 0.0
     loss, read_each = float(np.concatenate(losses).mean()), read / sample.positions
     text_bits = _text_bits(engine.tokenizer, windows)
     alone = Quality(
@@ -279,7 +278,7 @@ def score(
         perplexity=float(np.exp(loss)),
         bits_per_byte=loss / math.log(2) / text_bits * 8 if text_bits else None,
         capacity=_capacity(text_bits, loss, read_each) if step == 1 else None,
-        average_bits=average,
+        average_bits=bits / uses if uses else 0.0,
         skipped_share=skipped / sample.positions,
         read_per_token=read_each if step == 1 else None,
         slots_bytes=engine.budget.slots,

@@ -112,12 +112,11 @@ def train(
         nn.init.zeros_(head.weight)
         head.bias.data = base.clone()
     parameters = [p for m in (embedding, unit, now, after) for p in m.parameters()]
-    batch = min(_BATCH, n)
+    batch, done = min(_BATCH, n), 0
     steps = epochs * (n // batch)
     optimizer = torch.optim.AdamW(parameters, lr=_RATE, weight_decay=0.01)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, _RATE, max(steps, 2), pct_start=0.1)
     loss_of = nn.functional.binary_cross_entropy_with_logits
-    done = 0
     for _ in range(epochs):
         for chosen in torch.randperm(n)[: n // batch * batch].view(-1, batch):
             x = embedding(token[chosen])

@@ -234,11 +234,10 @@ def replay(
     if vram_bytes:
         timing, store = None, _over(store, header, vram_bytes)
     pipeline = None if timing is None else _Player(timing, header, progressive)
-    residency = store.residency
+    residency, counts = store.residency, _counts(store)
     sums = np.zeros((2, 8), np.int64)
     seconds = waited = 0.0
     spent: list[float] = []
-    counts = _counts(store)
     for begins, ids, layers, times in zip(
         tape.begins, tape.ids, tape.passes, tape.computing_us, strict=True
     ):
