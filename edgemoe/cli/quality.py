@@ -38,9 +38,8 @@ _EPILOG = """\
 The text is cut into chunks and the second half of each is scored, as llama.cpp's
 llama-perplexity does. KL is the mean divergence from the reference's predictions,
 in nats per token, ± its standard error; change is that of the perplexity from the
-reference's, ± the standard error over pairs of the same tokens. Errors are
-those of the means of chunks, since a chunk's tokens are not independent; about 30 chunks
-are enough for them.
+reference's, ± the standard error over pairs of the same tokens. Errors are from the
+means of chunks, since a chunk's tokens are not independent; 30 chunks are enough.
 
 A setting whose effect depends on what is in memory is measured token by token,
 with the memory that it is meant for, and with an exact run to compare with:
