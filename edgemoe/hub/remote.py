@@ -12,10 +12,13 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgemoe.errors import EdgemoeError, quoted, shortened
 from edgemoe.file.whole import locked, named, pwrite
+
+if TYPE_CHECKING:
+    from huggingface_hub.hf_api import RepoSibling
 
 __all__ = ["HubError", "RemoteFile", "Repository", "Unreachable", "is_sound"]
 
@@ -76,13 +79,14 @@ class Repository:
             except (AttributeError, KeyError, TypeError, json.JSONDecodeError):
                 raise HubError(f"{repo}: {_endpoint()} does not answer as a hub does") from None
         self.commit = str(info.sha)
-        for s in info.siblings or []:
-            if s.size is None:
-                raise HubError(f"{repo}: {_endpoint()} does not say how large {s.rfilename} is")
         self.files: Mapping[str, RemoteFile] = {
-            s.rfilename: RemoteFile(s.rfilename, s.size, s.lfs.sha256 if s.lfs else None, s.blob_id)
-            for s in info.siblings or []
+            s.rfilename: self._file(s) for s in info.siblings or []
         }
+
+    def _file(self, of: RepoSibling) -> RemoteFile:
+        if of.size is None:
+            raise HubError(f"{self.repo}: {_endpoint()} does not say how large {of.rfilename} is")
+        return RemoteFile(of.rfilename, of.size, of.lfs.sha256 if of.lfs else None, of.blob_id)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
         """Returns the bytes of a file from `start` to before `stop`.
