@@ -97,7 +97,7 @@ class PartialFile:
         """Syncs the records to disk, and then logs them."""
         os.fsync(self._file.fileno())
         lines = [f"{n} {' '.join(f'{crc:x}' for crc in self.sums[n])}\n" for n in self._unlogged]
-        os.write(self._log.fileno(), "".join(lines).encode())
+        self._append("".join(lines))
         self._unlogged.clear()
         self._unsynced = 0
 
@@ -165,7 +165,7 @@ class PartialFile:
         if not self.sums:
             self._file.truncate(0)
             self._log.truncate(0)
-            os.write(self._log.fileno(), f"{fingerprint}\n".encode())
+            self._append(f"{fingerprint}\n")
 
     def _logged(self, fingerprint: str) -> dict[str, list[int]]:
         """Returns the checksums of the records that an interrupted conversion with this fingerprint logged, by name."""
@@ -180,8 +180,12 @@ class PartialFile:
                 if len(crcs) == len(self._places[name].sizes):
                     done[name] = [int(c, 16) for c in crcs]
         if not content.endswith(b"\n"):
-            os.write(self._log.fileno(), b"\n")
+            self._append("\n")
         return done
+
+    def _append(self, lines: str) -> None:
+        """Adds to the log where it ends now: its position in the file is that of an earlier read or write."""
+        pwrite(self._log, lines.encode(), os.fstat(self._log.fileno()).st_size)
 
     def _is_there(self, place: Place, sums: Sequence[int]) -> bool:
         """Returns whether a record on disk has the checksums of the log, reading a block at a time."""

@@ -58,8 +58,10 @@ def calls(monkeypatch: pytest.MonkeyPatch):
 
         monkeypatch.setattr(os, name, call)
 
-    recorded("pwrite", lambda fd, data, at: (at,))
-    recorded("write", lambda fd, data: (what(fd), bytes(data).split(b" ")[0]))
+    def written(fd: int, data: memoryview, at: int) -> tuple[object, ...]:
+        return (".log", bytes(data).split(b" ")[0]) if what(fd) == ".log" else (at,)
+
+    recorded("pwrite", written)
     recorded("fsync", lambda fd: (what(fd),))
     recorded("replace", lambda a, b: (Path(a).name, Path(b).name))
     return seen
@@ -74,9 +76,9 @@ def test_the_order_in_which_a_file_reaches_the_disk(tmp_path, calls, monkeypatch
         part.write(name, rungs)
     part.finish(ENDING)
     assert calls == [
-        ("write", ".log", b"f\n"),
+        ("pwrite", ".log", b"f\n"),
         ("pwrite", 4096), ("pwrite", 4106), ("pwrite", 8192),
-        ("fsync", ".part"), ("write", ".log", b"a"),
+        ("fsync", ".part"), ("pwrite", ".log", b"a"),
         ("pwrite", 12288),
         ("pwrite", 16384), ("pwrite", 20480),
         ("fsync", ".part"), ("pwrite", 0), ("fsync", ".part"),
@@ -134,6 +136,29 @@ def test_another_plan_starts_over(tmp_path):
     assert other.sums == {}
     assert (tmp_path / "x.part").stat().st_size == 0
     other.close()
+
+
+def test_what_was_started_over_can_be_resumed(tmp_path):
+    """After another plan, after an end before anything was logged, and after both."""
+    for before in (["g"], ["f"], ["g", "f"]):
+        for fingerprint in before:
+            first = opened(tmp_path / "x", fingerprint)
+            if fingerprint == "g":
+                first.write("a", RUNGS["a"])
+            first.close()
+        part = opened(tmp_path / "x")
+        part.write("a", RUNGS["a"])
+        part.close()
+        again = opened(tmp_path / "x")
+        assert list(again.sums) == ["a"], before
+        again.write("b", RUNGS["b"])
+        again.close()
+        last = opened(tmp_path / "x")
+        assert list(last.sums) == ["a", "b"], before
+        last.close()
+        assert (tmp_path / "x.part.log").read_bytes().splitlines()[0] == b"f"
+        for path in tmp_path.iterdir():
+            path.unlink()
 
 
 def test_a_log_without_its_file_starts_over(tmp_path):
