@@ -21,6 +21,8 @@ __all__ = ["Rope", "check_rotated", "query_growth", "rope", "rotated_columns", "
 
 Array = NDArray[np.float64]
 
+_BEYOND = "is beyond what can be computed"
+
 
 @dataclass(frozen=True, slots=True)
 class Rope:
@@ -141,11 +143,14 @@ def rope(settings: Settings, *, dim: int, default_theta: float) -> Rope:
 
 def rotated_columns(settings: Settings, head_dim: int, default: float = 1.0) -> int:
     """Returns how many leading columns of a head RoPE rotates: the share that config.json gives, or `default`."""
-    parameters = _parameters(settings)
-    factor = parameters.positive(
-        "partial_rotary_factor", settings.positive("partial_rotary_factor", default)
-    )
-    return int(head_dim * factor)
+    return int(head_dim * _share(_parameters(settings), _share(settings, default)))
+
+
+def _share(settings: Settings, default: float) -> float:
+    share = settings.positive("partial_rotary_factor", default)
+    if share > 1:
+        raise settings.error("partial_rotary_factor", f"must be at most 1, got {share:g}")
+    return share
 
 
 def check_rotated(settings: Settings, head_dim: int, dim: int) -> None:
@@ -156,7 +161,7 @@ def check_rotated(settings: Settings, head_dim: int, dim: int) -> None:
     """
     for source in (_parameters(settings), settings):
         factor = source.number("partial_rotary_factor", dim / head_dim)
-        if int(head_dim * factor) != dim:
+        if not dim <= head_dim * factor < dim + 1:
             raise source.error(
                 "partial_rotary_factor",
                 f"expected {dim / head_dim:g} for this family, got {factor:g}",
@@ -173,7 +178,10 @@ def score_gain(settings: Settings) -> float:
     kind = parameters.text("rope_type", parameters.text("type", "default"))
     if kind == "default" or not mscale:
         return 1.0
-    return _magnitude(parameters.positive("factor"), mscale) ** 2
+    magnitude = _magnitude(parameters.positive("factor"), mscale)
+    if not math.isfinite(magnitude * magnitude):
+        raise parameters.error("mscale_all_dim", _BEYOND)
+    return magnitude * magnitude
 
 
 def query_growth(settings: Settings) -> tuple[float, int]:
@@ -211,12 +219,20 @@ def _dynamic(request: _Request) -> tuple[Array, float]:
     if request.parameters.get("alpha") is None:
         return request.plain(), 1.0
     dim, alpha = request.dim, request.parameters.positive("alpha")
-    return replace(request, theta=request.theta * alpha ** (dim / (dim - 2))).plain(), 1.0
+    try:
+        theta = request.theta * alpha ** (dim / (dim - 2))
+    except (OverflowError, ZeroDivisionError):
+        theta = math.inf
+    if not 1 < theta < math.inf:
+        raise request.parameters.error(
+            "alpha", f"{alpha:g} gives no finite base above 1 for {dim} columns"
+        )
+    return replace(request, theta=theta).plain(), 1.0
 
 
 def _proportional(request: _Request) -> tuple[Array, float]:
     """Rotates only a leading share of the pairs of all columns, and the other pairs not at all."""
-    turned = int(request.parameters.positive("partial_rotary_factor", 1.0) * request.dim // 2)
+    turned = int(_share(request.parameters, 1.0) * request.dim // 2)
     frequencies = request.plain()
     frequencies[turned:] = 0
     return frequencies / request.parameters.positive("factor", 1.0), 1.0
@@ -239,7 +255,7 @@ def _yarn(request: _Request) -> tuple[Array, float]:
         turns = request.original_length / (parameters.positive(key, default) * 2 * math.pi)
         found = dim * math.log(turns) / (2 * math.log(request.theta)) if turns > 0 else math.inf
         if not math.isfinite(found):
-            raise parameters.error(key, "is beyond what can be computed")
+            raise parameters.error(key, _BEYOND)
         return found
 
     low, high = dimension("beta_fast", 32), dimension("beta_slow", 1)

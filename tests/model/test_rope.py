@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
@@ -20,7 +21,7 @@ import edgemoe
 from edgemoe.config import dense_tensors
 from edgemoe.convert.convert import convert
 from edgemoe.convert.hf import HFCheckpoint
-from edgemoe.convert.rope import check_rotated, rope, rotated_columns
+from edgemoe.convert.rope import _SCALINGS, check_rotated, rope, rotated_columns, score_gain
 from edgemoe.convert.settings import Settings
 from edgemoe.convert.source import SourceModel
 from edgemoe.errors import FormatError
@@ -221,6 +222,40 @@ def test_original_length_beside_the_parameters_wins() -> None:
 def test_refuses_wrong_parameters(parameters: dict, message: str) -> None:
     with pytest.raises(FormatError, match=message):
         compute(parameters)
+
+
+_SMALL, _LARGE = 5e-324, 1.7e308
+_NUMBERS = (
+    "factor", "rope_theta", "beta_fast", "beta_slow", "low_freq_factor", "high_freq_factor", "alpha", "mscale",
+    "mscale_all_dim", "attention_factor", "partial_rotary_factor", "llama_4_scaling_beta",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [*_SCALINGS, "longrope"])
+def test_any_number_gives_finite_frequencies_or_a_refusal(kind: str) -> None:
+    usual = {**_LLAMA3, **_LONG, "rope_type": kind}
+    changes = [{key: v} for key in _NUMBERS for v in (_SMALL, 1 + 2e-16, _LARGE)]
+    changes += [{"mscale": a, "mscale_all_dim": b} for a in (1, _LARGE) for b in (_SMALL, _LARGE)]
+    for change in changes:
+        settings = Settings({"max_position_embeddings": 4096, "rope_parameters": usual | change})
+        for dim in (2, 4, 32):
+            for read in (
+                lambda s, d: rope(s, dim=d, default_theta=1e4).frequencies,
+                lambda s, d: score_gain(s),
+                rotated_columns,
+                lambda s, d: check_rotated(s, d, d),
+            ):
+                with contextlib.suppress(FormatError):
+                    found = read(settings, dim)
+                    assert found is None or np.isfinite(found).all(), change
+
+
+@pytest.mark.parametrize(("alpha", "dim"), [(1e307, 32), (_LARGE, 32), (2.0, 2), (1e-320, 4)])
+def test_an_alpha_without_a_base_is_refused(alpha: float, dim: int) -> None:
+    parameters = {"rope_type": "dynamic", "alpha": alpha}
+    settings = Settings({"max_position_embeddings": 4096, "rope_parameters": parameters})
+    with pytest.raises(FormatError, match=f"alpha: .* base above 1 for {dim} columns"):
+        rope(settings, dim=dim, default_theta=1e4)
 
 
 # ---------------------------------------------------------------- in the engine
