@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import pytest
@@ -188,8 +189,16 @@ def test_a_file_without_a_tokenizer_has_no_tokenizers_files() -> None:
     ("changes", "message"),
     [
         ({"scores": [1.0]}, "tokenizer.ggml.scores must hold 269 numbers"),
+        ({"scores": ["-1"] * 269}, "tokenizer.ggml.scores must hold 269 numbers"),
+        ({"scores": [math.nan] * 269}, "tokenizer.ggml.scores must hold 269 numbers"),
+        ({"token_type": [[1]] * 269}, "tokenizer.ggml.token_type must hold 269 numbers"),
         ({"token_type": None}, "tokenizer.ggml.token_type must hold 269 numbers"),
+        ({"unknown_token_id": "9" * 999}, "the unknown token '9{80,90}\\.{3}9{20,30}' is outside"),
         ({"unknown_token_id": 999}, "the unknown token 999 is outside the vocabulary"),
+        (
+            {"tokens": ["a" * 99, "a" * 20_000], "scores": [0.0, 0.0], "token_type": [1, 1]},
+            "tokenizer.ggml.tokens are too long to find their merges",
+        ),
         ({"model": ["llama"]}, "is not supported in GGUF; supported: gpt2, llama, gemma4"),
     ],
 )
