@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
+from safetensors.torch import save
 from tiny_llama import save_gguf, save_hf, tiny_llama, tiny_tokenizer
 from transformers import Qwen2MoeForCausalLM
 
@@ -238,6 +240,11 @@ def test_an_update_fixes_the_widths(tmp_path: Path) -> None:
         {"norm": np.full(64, np.nan, np.float32)},
         {"layers.1.assign": np.zeros(96, np.uint8)},
         {"layers.1.assign": np.full(96, 200, np.uint8)},
+        {"layers.1.assign": np.full(96, -1, np.int8)},
+        {"layers.1.assign": np.full(96, 1e30)},
+        {"layers.1.assign": np.repeat([0, 1, 2, 3.5, 4], [32, 16, 16, 16, 16])},
+        {"layers.0.router": np.full((4, 64), 1e300)},
+        {"layers.0.router": np.zeros((4, 64), np.complex64)},
         {"layers.0.router": np.zeros((5, 64), np.float32)},
         {"layers.0.up.B": np.zeros((96, 2), np.float16)},
         {"layers.0.up.A": np.zeros((), np.float16)},
@@ -251,13 +258,27 @@ def test_refuses_an_update_for_another_model(changes: dict[str, Any], tmp_path: 
         carve(dense, update=path)
 
 
+@pytest.mark.parametrize("experts", ["-2", "0", "97", "4000000000000", "9" * 4000, "four"])
+@pytest.mark.parametrize("key", ["experts", "shared"])
+def test_refuses_sizes_that_no_update_has(key: str, experts: str, tmp_path: Path) -> None:
+    path = write_update(tmp_path / "update.safetensors")
+    with safe_open(path, framework="numpy") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    save_file(tensors, path, metadata={"experts": "4", "shared": "32", key: experts})
+    dense = HFCheckpoint(save_hf(tiny_llama(), tmp_path / "dense"))
+    with pytest.raises(FormatError, match=r"update\.safetensors: "):
+        carve(dense, update=path)
+
+
 def test_refuses_a_file_that_is_no_update(tmp_path: Path) -> None:
     dense = HFCheckpoint(save_hf(tiny_llama(), tmp_path / "dense"))
     with pytest.raises(FormatError, match="not a carving update"):
         carve(dense, update=tmp_path / "dense" / "model.safetensors")
-    (tmp_path / "x").write_bytes(b"x")
-    with pytest.raises(FormatError, match="x: not a carving update"):
-        carve(dense, update=tmp_path / "x")
+    typed = {"norm": torch.ones(64, dtype=torch.bfloat16)}
+    for content in (b"x", save(typed, {"experts": "4", "shared": "32"})):
+        (tmp_path / "x").write_bytes(content)
+        with pytest.raises(FormatError, match="x: not a carving update"):
+            carve(dense, update=tmp_path / "x")
 
 
 @pytest.mark.parametrize(
