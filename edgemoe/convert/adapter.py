@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgemoe.arguments import path_of
+from edgemoe.arguments import path_of, switch
 from edgemoe.convert.checkpoint import Checkpoint, sections
 from edgemoe.convert.columns import ScaledModel
 from edgemoe.convert.convert import (
@@ -150,7 +151,8 @@ def _opened(
     source: Checkpoint, base: MoeFile, calibration: Calibration | None
 ) -> tuple[SourceModel, Calibration | None]:
     """Returns a checkpoint's model, pruned and column-scaled as the base was, and the calibration to match."""
-    model, fitted = opened_model(source, base.source.get("pruned"), calibration, are_there=True)
+    with _source_of(base):
+        model, fitted = opened_model(source, base.source.get("pruned"), calibration, are_there=True)
     scales = column_scales(base)
     if scales is None:
         return model, fitted
@@ -165,19 +167,23 @@ def _coded(coder: Coder, name: str, values: Arrays) -> list[NDArray[np.uint8]]:
 def _coder(base: MoeFile, calibration: Calibration | None) -> Coder:
     """Returns a coder that encodes records as those of the base were encoded."""
     source, scheme = base.source, SCHEMES[base.scheme.name]
-    if source.get("thorough"):
-        scheme = scheme.thorough()
+    favour = source.get("favour")
+    if favour is not None and (favour not in base.dense_ladder or not scheme.can_favour):
+        raise FormatError(
+            f"{base.path}: favours {quoted(favour)} bits, which "
+            + ("are none of its levels" if scheme.can_favour else f"{scheme.name} cannot")
+        )
+    with _source_of(base):
+        if switch("thorough", source.get("thorough", False)):
+            scheme = scheme.thorough()
     if calibration is not None and calibration.is_full:
         scheme = scheme.fitted()
     scheme = replace(scheme, correction=base.scheme.correction)
     layout = Layout(
         base.config, scheme, base.dense_ladder, base.ladder, tuple(base.experts.rungs.tolist())
     )
-    favour = source.get("favour")
-    if favour is not None and favour not in base.dense_ladder:
-        raise FormatError(
-            f"{base.path}: favours {quoted(favour)} bits, which are none of its levels"
-        )
+    if base.scheme.correction and (calibration is None or not calibration.is_full):
+        raise _made_otherwise(base)
     coder = Coder(
         layout, scheme, calibration=calibration,
         favoured=None if favour is None else base.dense_ladder.index(favour) + 1,
@@ -189,6 +195,17 @@ def _coder(base: MoeFile, calibration: Calibration | None) -> Coder:
     if coder.basis != base.sections.get("basis", b""):
         raise _made_otherwise(base)
     return coder
+
+
+@contextlib.contextmanager
+def _source_of(base: MoeFile) -> Iterator[None]:
+    """Makes an error about a setting that the base says it was made with name the base."""
+    try:
+        yield
+    except FormatError:  # about a checkpoint or the calibration
+        raise
+    except ValueError as error:
+        raise FormatError(f"{base.path}: its source says {error}") from None
 
 
 def _made_otherwise(base: MoeFile) -> FormatError:

@@ -18,12 +18,14 @@ import edgemoe
 from edgemoe.cli.main import main
 from edgemoe.convert.adapter import convert_adapter
 from edgemoe.convert.convert import convert
+from edgemoe.convert.hf import HFCheckpoint
 from edgemoe.convert.source import SourceModel
 from edgemoe.errors import FormatError
 from edgemoe.file.adapter import open_adapter, weights_sum
 from edgemoe.file.append import add_sections
 from edgemoe.file.format import open_moe
 from edgemoe.file.verify import verify
+from edgemoe.quant import SCHEMES
 from edgemoe.quant.columns import COLUMN_SCALES
 
 
@@ -157,6 +159,37 @@ def test_what_cannot_be_an_adapter(there, tmp_path, capsys):
         assert re.search(message, line), line
         assert not out.exists()
         assert not list(tmp_path.glob(".edgemoe*"))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("pruned", 0.5, "its source says prune: takes a calibration"),
+        ("thorough", "yes", "its source says thorough: expected True or False, got 'yes'"),
+        ("favour", "4", "favours '4' bits, which are none of its levels"),
+    ],
+)
+def test_what_a_base_says_of_how_it_was_made_is_checked(there, tmp_path, key, value, message):
+    base = tmp_path / "base.moe"
+    base.write_bytes(edit(there.base.read_bytes(), setter("source", key, value)))
+    with pytest.raises(FormatError, match=f"^{re.escape(str(base))}: {message}"):
+        convert_adapter(HFCheckpoint(there.tuned), tmp_path / "x.moea", open_moe(base))
+
+
+def test_a_base_cannot_have_been_made_as_its_scheme_does_not_allow(there, tmp_path):
+    base = tmp_path / "base.moe"
+    calibration = calibrated(tmp_path / "x.calib", SourceModel(tiny_checkpoint()).config, few=True)
+    convert(tiny_checkpoint(), base, scheme=SCHEMES["mwq"], calibration=calibration)
+    tuned, made = HFCheckpoint(there.tuned), base.read_bytes()
+    for key, value, message in (
+        ("thorough", True, "its source says thorough: not for the scheme mwq"),
+        ("favour", 3, "favours 3 bits, which mwq cannot"),
+        ("pruned", "half", "its source says prune: expected a number, got 'half'"),
+        ("pruned", 1e-9, "its source says prune: 1e-07% of 48 neurons is less than 16"),
+    ):
+        base.write_bytes(edit(made, setter("source", key, value)))
+        with pytest.raises(FormatError, match=f"^{re.escape(str(base))}: {message}"):
+            convert_adapter(tuned, tmp_path / "x.moea", open_moe(base), calibration=calibration)
 
 
 def opened(path, base):
