@@ -73,7 +73,8 @@ def convert_imatrix(model: str | os.PathLike[str], imatrix: Path, out: Path) -> 
     tensors, missing = _tensors(moe.config, entries, imatrix)
     if not tensors:
         raise FormatError(f"{imatrix}: has nothing that {moe.path} has")
-    tokens = max(int(counts.sum()) for _, counts in entries.values())
+    # Dense matrices see every token. Experts see fewer each, and more together: every token has several.
+    tokens = max(int(counts.max()) for _, counts in entries.values())
     name = str(moe.source.get("name", moe.path.name))
     meta = {"source": "imatrix", "model": name, "tokens": str(tokens), "window": "0", "bits": ""}
     write_calibration(out, tensors, meta)

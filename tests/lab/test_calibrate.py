@@ -521,7 +521,7 @@ def test_other_files_are_refused(tmp_path, content):
 
 
 def entries(seed=0):
-    """Returns the sums and counts of an imatrix for the tiny model, by llama.cpp's names."""
+    """Returns an imatrix's sums and counts by llama.cpp's names: of 814 tokens, with 2 of 8 experts each."""
     rng = np.random.default_rng(seed)
     out = {}
     for i in range(2):
@@ -530,7 +530,7 @@ def entries(seed=0):
             ("ffn_gate_exps", 96, 8), ("ffn_up_exps", 96, 8), ("ffn_down_exps", 48, 8),
             ("ffn_gate_shexp", 96, 1), ("ffn_up_shexp", 96, 1), ("ffn_down_shexp", 80, 1),
         ):  # fmt: skip
-            counts = np.arange(matrices) + 200 + i
+            counts = np.arange(200, 208) if matrices == 8 else np.array([814])
             sums = rng.random((matrices, cols), np.float32) * counts[:, None]
             out[f"blk.{i}.{name}.weight"] = (sums.astype(np.float32), counts)
     return out
@@ -566,6 +566,7 @@ def test_imatrix(tiny_moe, tmp_path, write):
     assert convert_imatrix(tiny_moe, source, out) == ("head",)
     c = Calibration(out)
     assert c.meta["source"] == "imatrix"
+    assert c.meta["tokens"] == str(814 if write is write_gguf else 7 * 512)
     for ours, theirs, e in (
         ("layers.1.k", "blk.1.attn_q", 0), ("layers.0.o", "blk.0.attn_output", 0),
         ("layers.0.shared.down", "blk.0.ffn_down_shexp", 0),
