@@ -22,7 +22,7 @@ from edgemoe.config import ModelConfig
 from edgemoe.convert.checkpoint import Checkpoint
 from edgemoe.convert.source import SourceModel
 from edgemoe.errors import FormatError
-from edgemoe.quant import MIN_TOKENS, Calibration
+from edgemoe.quant import Calibration
 
 __all__ = ["PrunedCalibration", "PrunedModel", "kept_width", "made_up", "needed", "strongest"]
 
@@ -169,7 +169,7 @@ class PrunedModel(SourceModel):
         )
         moments = self._calibration.matrix(name)
         squares = self._calibration.diagonal(name) if moments is None else moments.diagonal()
-        if moments is None or self._calibration.count(name) < MIN_TOKENS:
+        if moments is None or self._calibration.count(name) < self._calibration.min_tokens:
             if place not in self._kept:
                 self._kept[place] = strongest(down, squares, width)
             return np.ascontiguousarray(down[:, self._kept[place]])
@@ -200,7 +200,7 @@ class PrunedCalibration(Calibration):
     """A calibration of the unpruned model, presented as one of the pruned model."""
 
     def __init__(self, calibration: Calibration, model: PrunedModel) -> None:
-        super().__init__(calibration.path)
+        vars(self).update(vars(calibration))  # the file that is open: its path may name another now
         self._model = model
 
     def check(self, config: ModelConfig) -> None:

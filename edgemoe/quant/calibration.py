@@ -123,7 +123,9 @@ class Calibration:
         self.layers = tuple(sorted(layers))
         """The model's layers with routed experts."""
         self._scales: ColumnScales | None = None
-        self._experts = ExpertSums(self._file, max(min_tokens, 1))
+        self.min_tokens = max(min_tokens, 1)
+        """How many tokens an expert must have seen to be judged by them alone."""
+        self._experts = ExpertSums(self._file, self.min_tokens)
 
     def with_scales(self, scales: ColumnScales) -> Calibration:
         """Returns the calibration as a file with these column scales sees it. Scales set before are replaced."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import families
 import numpy as np
 import pytest
@@ -153,6 +156,20 @@ def test_the_calibration_is_of_what_is_left(source, calibration):
     np.testing.assert_array_equal(pruned.matrix(name), calibration.matrix(name)[kept][:, kept])
     for name in ("experts.1.5.up", "layers.1.q"):
         np.testing.assert_array_equal(pruned.matrix(name), calibration.matrix(name))
+
+
+def test_the_calibration_that_was_checked_is_read_to_the_end(source, calibration, tmp_path):
+    """With its own number of tokens that are enough, and though another file has got its name."""
+    path = Path(shutil.copy(calibration.path, tmp_path / "x.calib"))
+    least = 1 + max(calibration.count(f"experts.1.{e}.down") for e in range(8))
+    own = Calibration(path, min_tokens=least)
+    model = PrunedModel(source, 1 / 3, own)
+    path.unlink()
+    pruned, name = PrunedCalibration(own, model), "experts.1.5.down"
+    kept, down = model.kept(1, 5), SourceModel(source).expert(1, 5)[2]
+    np.testing.assert_array_equal(model.expert(1, 5)[2], down[:, kept])  # few tokens: none make up
+    np.testing.assert_array_equal(pruned.matrix(name), own.matrix(name)[kept][:, kept])
+    assert not np.array_equal(own.matrix(name), calibration.matrix(name))
 
 
 @pytest.mark.parametrize("correction", [0, 8])
