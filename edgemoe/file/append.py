@@ -42,16 +42,14 @@ def add_sections(path: str | os.PathLike[str], sections: Mapping[str, bytes]) ->
     with named(path, target), locked(path, busy="another process is adding to it") as file:
         moe = open_moe(path)
         if not os.path.sameopenfile(file.fileno(), moe.file.fileno()):
-            raise _replaced(path)
+            raise _replaced(path, "nothing was added")
         _append(file, moe, sections)
         if not is_at(file, target):
-            raise _replaced(path)
+            raise _replaced(path, "the sections went to the old file, not to this one")
 
 
-def _replaced(path: str | os.PathLike[str]) -> OSError:
-    return OSError(
-        errno.ESTALE, "another process has replaced it; nothing was added", os.fspath(path)
-    )
+def _replaced(path: str | os.PathLike[str], what: str) -> OSError:
+    return OSError(errno.ESTALE, f"another process has replaced it; {what}", os.fspath(path))
 
 
 def _append(file: io.FileIO, moe: MoeFile, sections: Mapping[str, bytes]) -> None:

@@ -109,6 +109,8 @@ def test_what_was_added_to_a_file_that_was_replaced_is_said_to_be_lost(
 
     monkeypatch.setattr(append, "_append", appending)
     content = path.read_bytes()
-    with pytest.raises(OSError, match="another process has replaced it; nothing was added"):
+    with pytest.raises(
+        OSError, match="another process has replaced it; the sections went to the old file"
+    ):
         add_sections(path, {"a": b"x"})
     assert path.read_bytes() == content

@@ -290,10 +290,14 @@ def test_sections_that_went_to_a_replaced_file_are_no_success(model, tmp_path, m
         return out
 
     monkeypatch.setattr(append, name, replaced)
-    with pytest.raises(
-        OSError, match="another process has replaced it; nothing was added"
-    ) as error:
+    old = tmp_path / "old.moe"  # where the file stays that is replaced
+    os.link(model, old)
+    what = {"before": "nothing was added", "after": "the sections went to the old file, not to"}[
+        when
+    ]
+    with pytest.raises(OSError, match=f"another process has replaced it; {what}") as error:
         add_sections(model, {"a": b"1"})
+    assert ("a" in open_moe(old).sections) is (when == "after")
     assert error.value.filename == str(model)
     assert model.read_bytes() == new
 
