@@ -151,9 +151,10 @@ class MoeFile:
         return len(self.experts.offsets) // len(self.config.moe_layers)
 
     def expert_at(self, row: int) -> tuple[int, int]:
-        """Returns the model layer and the number of the expert in a row of the table, of a file without adapters."""
-        layer, expert = divmod(row, self.config.num_experts)
-        return self.config.moe_layers[layer], expert
+        """Returns the model layer and the number of the expert in a row of the table; -1 for an unused place."""
+        layer, place = divmod(row, self.places)
+        names = self.experts.names
+        return self.config.moe_layers[layer], place if names is None else int(names[row])
 
     def level(self, bits: int | None) -> int:
         """Returns how many rungs of an expert make up `bits`; all of the ladder for None.

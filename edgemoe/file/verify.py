@@ -59,6 +59,8 @@ def _pieces(moe: MoeFile | AdapterFile) -> Iterator[tuple[int, int, int, str]]:
             at += length
     starts = (0, *moe.experts.ends)
     for row, offset in enumerate(moe.experts.offsets.tolist()):
+        if moe.experts.file_of is not None and moe.experts.file_of[row]:
+            continue  # in an adapter's file
         layer, expert = moe.expert_at(row)
         for rung, end in enumerate(moe.experts.ends[: moe.experts.rungs[row]]):
             name = f"expert {expert} of layer {layer}, rung {rung}"

@@ -21,7 +21,7 @@ from edgemoe.convert.convert import convert
 from edgemoe.convert.hf import HFCheckpoint
 from edgemoe.convert.source import SourceModel
 from edgemoe.errors import FormatError
-from edgemoe.file.adapter import open_adapter, weights_sum
+from edgemoe.file.adapter import open_adapter, weights_sum, with_adapters
 from edgemoe.file.append import add_sections
 from edgemoe.file.format import open_moe
 from edgemoe.file.verify import verify
@@ -72,6 +72,21 @@ def test_it_has_what_differs_and_names_its_base(there):
     assert list(adapter.tensors) == ["layers.0.q"]
     assert adapter.base == weights_sum(base)
     assert verify(adapter) == []
+
+
+def test_rows_of_a_model_with_adapters_are_named_by_their_experts(there):
+    adapter = open_adapter(there.a)
+    moe, places = with_adapters(open_moe(there.base), [adapter])
+    names = places.names.reshape(-1).tolist()
+    for row, expert in enumerate(names):
+        assert moe.expert_at(row) == (moe.config.moe_layers[row // moe.places], expert)
+    assert moe.places > moe.config.num_experts
+    assert -1 in names
+    of_adapter = np.flatnonzero(moe.experts.file_of).tolist()
+    assert [moe.expert_at(row) for row in of_adapter] == [
+        adapter.expert_at(row) for row in range(len(adapter.which))
+    ]
+    assert verify(moe) == []
 
 
 @pytest.mark.parametrize("count", [1, 4])
