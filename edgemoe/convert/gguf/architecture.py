@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -23,7 +24,9 @@ __all__ = [
     "Array",
     "Made",
     "dense_layers",
+    "flat",
     "joined",
+    "log_rate",
     "one",
     "settings",
 ]
@@ -123,6 +126,21 @@ def one(name: str, make: Callable[[Mapping[str, Any], Array], Array]) -> Made:
     return Made(
         (name,), lambda config, values: make(config, values[0]), lambda config, shapes: shapes[0]
     )
+
+
+def flat(name: str, change: Callable[[Array], Array] = lambda x: x) -> Made:
+    """Returns a tensor that is a stored one flattened, with its values changed."""
+    return Made(
+        (name,),
+        lambda config, values: change(values[0]).reshape(-1),
+        lambda config, shapes: (math.prod(shapes[0]),),
+    )
+
+
+def log_rate(x: Array, sign: float = -1.0) -> Array:
+    """Returns A_log from a file's `sign` * exp(A_log)."""
+    with np.errstate(all="ignore"):  # NaN stays NaN, which the users of tensors check for
+        return np.log(sign * x.astype(np.float64)).astype(np.float32)
 
 
 def dense_layers(meta: Meta) -> list[int]:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from edgemoe.convert.gguf.architecture import DENSE_FFN, NAMED_EXPERTS, Architecture, Array, Made
+from edgemoe.convert.gguf.architecture import (
+    DENSE_FFN,
+    NAMED_EXPERTS,
+    Architecture,
+    Made,
+    flat,
+    log_rate,
+)
 from edgemoe.convert.gguf.architectures.deepseek2 import KV_B
 from edgemoe.convert.gguf.architectures.glm4moe import SHARED_EXPERTS
 from edgemoe.convert.gguf.meta import Meta
@@ -60,24 +67,6 @@ def _ling(meta: Meta) -> dict[str, Any]:
     }
 
 
-def _flat(name: str, change: Callable[[Array], Array] = lambda x: x) -> Made:
-    return Made(
-        (name,),
-        lambda config, values: change(values[0]).reshape(-1),
-        lambda config, shapes: (int(np.prod(shapes[0])),),
-    )
-
-
-def _log(sign: float) -> Callable[[Array], Array]:
-    """Returns a function that gives A_log from the file's `sign` * exp(A_log)."""
-
-    def make(x: Array) -> Array:
-        with np.errstate(all="ignore"):  # NaN stays NaN, which the users of tensors check for
-            return np.log(sign * x.astype(np.float64)).astype(np.float32)
-
-    return make
-
-
 def _taps(name: str) -> Made:
     """Returns the convolution taps of each channel [C, taps], which are stored with axes of size 1 in between."""
     return Made(
@@ -108,7 +97,7 @@ def _layer(place: str) -> Mapping[str, str]:
 def _made(place: str, sign: float) -> Mapping[str, Made]:
     return {
         f"{place}kv_b_proj.weight": KV_B,
-        f"{place}A_log": _flat("ssm_a", _log(sign)),
+        f"{place}A_log": flat("ssm_a", lambda x: log_rate(x, sign)),
         **{f"{place}{x}_conv1d.weight": _taps(f"ssm_conv1d_{x}.weight") for x in "qkv"},
     }
 

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import numpy as np
-
-from edgemoe.convert.gguf.architecture import Array, Made
+from edgemoe.convert.gguf.architecture import Made, flat, log_rate
 from edgemoe.convert.gguf.meta import Meta
 
 __all__ = ["mamba2", "sizes"]
@@ -24,24 +20,10 @@ def sizes(meta: Meta) -> dict[str, int]:
     }
 
 
-def _log_rate(x: Array) -> Array:
-    """Returns A_log from the file's -exp(A_log)."""
-    with np.errstate(all="ignore"):  # NaN stays NaN, which the users of tensors check for
-        return np.log(-x.astype(np.float64)).astype(np.float32)
-
-
 def mamba2(prefix: str) -> dict[str, Made]:
     """Returns the tensors of a layer that are stored differently; `prefix` begins their names within the layer."""
-
-    def flat(name: str, change: Any = lambda x: x) -> Made:
-        return Made(
-            (name,),
-            lambda config, values: change(values[0]).reshape(-1),
-            lambda config, shapes: (int(np.prod(shapes[0])),),
-        )
-
     return {
-        f"{prefix}A_log": flat("ssm_a", _log_rate),
+        f"{prefix}A_log": flat("ssm_a", log_rate),
         f"{prefix}D": flat("ssm_d"),
         f"{prefix}norm.weight": flat("ssm_norm.weight"),
     }

@@ -14,6 +14,7 @@ from edgemoe.convert.gguf.architecture import (
     Architecture,
     Array,
     Made,
+    log_rate,
     one,
 )
 from edgemoe.convert.gguf.architectures.qwen2moe import SHARED_EXPERT
@@ -45,12 +46,6 @@ def _config(meta: Meta) -> dict[str, Any]:
 def _less_one(name: str) -> Made:
     """Returns a norm's weight as its offset from 1, as checkpoints have it; the file holds the sum."""
     return one(name, lambda config, x: x - np.float32(1))
-
-
-def _log_rate(x: Array) -> Array:
-    """Returns A_log from the file's -exp(A_log)."""
-    with np.errstate(all="ignore"):  # NaN stays NaN, which the users of tensors check for
-        return np.log(-x.astype(np.float64)).astype(np.float32)
 
 
 def _joined_heads(config: Config, values: Sequence[Array]) -> Array:
@@ -94,7 +89,7 @@ QWEN3NEXT = Architecture(
             _joined_heads,
             lambda config, shapes: (shapes[0][0] + shapes[1][0], shapes[0][1]),
         ),
-        "linear_attn.A_log": one("ssm_a", lambda config, x: _log_rate(x)),
+        "linear_attn.A_log": one("ssm_a", lambda config, x: log_rate(x)),
     },
     made_whole=_FINAL,
 )
@@ -134,7 +129,7 @@ QWEN35 = Architecture(
         ),
         "linear_attn.in_proj_b.weight": _rows("ssm_beta.weight"),
         "linear_attn.in_proj_a.weight": _rows("ssm_alpha.weight"),
-        "linear_attn.A_log": _rows("ssm_a", _log_rate),
+        "linear_attn.A_log": _rows("ssm_a", log_rate),
         "linear_attn.dt_bias": _rows("ssm_dt.bias"),
         "linear_attn.conv1d.weight": one("ssm_conv1d.weight", _grouped_last),
         "linear_attn.out_proj.weight": one(
