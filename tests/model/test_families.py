@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from edgemoe.config import dense_tensors
 from edgemoe.convert.families import FAMILIES
 from edgemoe.convert.hf import HFCheckpoint
+from edgemoe.convert.settings import Settings
 from edgemoe.convert.source import SourceModel
 from edgemoe.errors import FormatError
 
@@ -204,6 +205,22 @@ def test_refuses_what_it_cannot_map(family: str, changes, message: str, edited) 
     assert "\n" not in text
 
 
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        ("granitemoehybrid", {"mamba_proj_bias": True}, "mamba_proj_bias: true is not supported"),
+        ("lfm2_moe", {"conv_bias": True}, "conv_bias: true is not supported"),
+        ("nemotron_h", {"mlp_bias": True}, "mlp_bias: true is not supported"),
+        ("minimax_m2", {"scoring_func": "x" * 999}, "x{80,90}[.]{3}x{20,30}' is not supported"),
+    ],
+)
+def test_a_value_that_is_refused_is_quoted_as_config_json_has_it(family, changes, message) -> None:
+    with pytest.raises(FormatError, match=message):
+        FAMILIES[family].config(
+            Settings({"rms_norm_eps": 1e-6} | families._BASE | families.SETTINGS[family] | changes)
+        )
+
+
 def test_unsupported_family_lists_the_supported(edited) -> None:
     with pytest.raises(FormatError) as error:
         SourceModel(edited("mixtral", {"model_type": "dbrx"}))
@@ -339,7 +356,7 @@ def test_the_text_of_a_model_that_sees_too_is_read_and_the_rest_is_left_out_in_w
     assert model.config == plain.config
     assert sorted(model.notes) == [
         "left out: layers that predict several tokens (2 tensors)",
-        "left out: the tower that sees (1 tensors)",
+        "left out: the vision tower (1 tensors)",
     ]
     for name in dense_tensors(model.config):
         np.testing.assert_array_equal(model.tensor(name), plain.tensor(name))
@@ -351,8 +368,8 @@ def test_the_text_of_a_model_that_sees_too_is_read_and_the_rest_is_left_out_in_w
         ({"linear_num_key_heads": 4}, "in_proj_qkvz.weight: a tensor of shape [224, 64] does not"),
         ({"linear_conv_kernel_dim": 3}, "conv1d.weight: a tensor of shape [160, 4] does not make"),
         ({"num_attention_heads": 8}, "q_proj.weight: a tensor of shape [192, 64] does not make"),
-        ({"attn_output_gate": False}, "attn_output_gate: False is not supported"),
-        ({"attention_bias": True}, "attention_bias: True is not supported"),
+        ({"attn_output_gate": False}, "attn_output_gate: false is not supported"),
+        ({"attention_bias": True}, "attention_bias: true is not supported"),
         ({"layer_types": ["linear_attention"] * 2}, "layer_types: expected a list of 3 names"),
         ({"layer_types": ["mamba"] * 3}, "layer_types: 'mamba' is not supported"),
         ({"linear_value_head_dim": 24}, "value_dim must be a multiple of 16, got 24"),

@@ -50,7 +50,7 @@ def _config(settings: Settings) -> ModelConfig:
 
 def _mamba(settings: Settings) -> MambaSpec:
     if settings.flag("mamba_proj_bias", False):
-        raise settings.error("mamba_proj_bias", "True is not supported")
+        raise settings.error("mamba_proj_bias", "true is not supported")
     if str(settings.get("time_step_limit")) not in _NO_LIMIT:
         raise settings.error("time_step_limit", "steps that are cut are not supported")
     width = settings.integer("mamba_expand", 2) * settings.integer("hidden_size")

@@ -13,7 +13,7 @@ __all__ = ["FAMILY"]
 
 def _config(settings: Settings) -> ModelConfig:
     if settings.flag("conv_bias", False):
-        raise settings.error("conv_bias", "True is not supported")
+        raise settings.error("conv_bias", "true is not supported")
     layers, eps = num_layers(settings), settings.number("norm_eps")
     dense = settings.integer("num_dense_layers", 2, at_least=0)
     width = settings.integer("intermediate_size") if dense else 0

@@ -7,6 +7,7 @@ from edgemoe.convert.families.family import FUSED_EXPERTS, Family, Source, choos
 from edgemoe.convert.families.reading import attention_spec, decoder_config, num_layers
 from edgemoe.convert.rope import rotated_columns
 from edgemoe.convert.settings import Settings
+from edgemoe.errors import quoted
 
 __all__ = ["FAMILY"]
 
@@ -15,7 +16,9 @@ def _config(settings: Settings) -> ModelConfig:
     head_dim = settings.integer("head_dim", 128)
     for key, known in (("scoring_func", "sigmoid"), ("qk_norm_type", "per_layer")):
         if settings.text(key, known) != known:
-            raise settings.error(key, f"{settings.get(key)!r} is not supported; supported: {known}")
+            raise settings.error(
+                key, f"{quoted(settings.get(key))} is not supported; supported: {known}"
+            )
     for key in ("use_qk_norm", "use_routing_bias"):
         if not settings.flag(key, True):
             raise settings.error(key, "false is not supported")

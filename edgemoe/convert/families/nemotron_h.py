@@ -23,7 +23,7 @@ _MOST_LAYERS = 4096
 def _config(settings: Settings) -> ModelConfig:
     for key in ("attention_bias", "mlp_bias", "use_bias", "mamba_proj_bias"):
         if settings.flag(key, False):
-            raise settings.error(key, "True is not supported")
+            raise settings.error(key, "true is not supported")
     for key, known in (("mlp_hidden_act", "relu2"), ("mamba_hidden_act", "silu")):
         if settings.text(key, known) != known:
             raise settings.error(

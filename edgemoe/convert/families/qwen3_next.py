@@ -23,7 +23,6 @@ from edgemoe.convert.families.reading import (
 )
 from edgemoe.convert.rope import rotated_columns
 from edgemoe.convert.settings import Settings
-from edgemoe.errors import quoted
 from edgemoe.specs import AttentionSpec, DeltaSpec, MixerSpec
 
 __all__ = ["DELTA", "FAMILY", "LAYER", "NORM", "SHARED", "left_out", "mixers"]
@@ -51,7 +50,7 @@ def mixers(settings: Settings) -> list[MixerSpec]:
     """Returns the mixer of every layer."""
     for key, supported in (("attention_bias", False), ("attn_output_gate", True)):
         if settings.flag(key, supported) != supported:
-            raise settings.error(key, f"{quoted(not supported)} is not supported")
+            raise settings.error(key, f"{str(not supported).lower()} is not supported")
     head_dim = settings.integer("head_dim", 256)
     attention = attention_spec(
         settings, head_dim=head_dim, rotated=rotated_columns(settings, head_dim, 0.25),
