@@ -22,7 +22,7 @@ from edgemoe.specs import TensorSpec
 
 __all__ = [
     "ALIGNMENT", "MAGIC", "MAX_SECTIONS", "PREAMBLE", "VERSION", "ExpertTable", "MoeFile", "Outline", "Reader",
-    "Tensor", "align", "expert_rung_bytes", "look_into", "open_moe", "pack_preamble",
+    "Tensor", "align", "expert_rung_bytes", "look_into", "open_moe", "pack_preamble", "tensor_bytes",
 ]  # fmt: skip
 
 MAGIC = b"\x89MOE\r\n\x1a\n"
