@@ -171,7 +171,7 @@ def _coder(base: MoeFile, calibration: Calibration | None) -> Coder:
     if favour is not None and (favour not in base.dense_ladder or not scheme.can_favour):
         raise FormatError(
             f"{base.path}: favours {quoted(favour)} bits, which "
-            + ("are none of its levels" if scheme.can_favour else f"{scheme.name} cannot")
+            + ("are not among its levels" if scheme.can_favour else f"{scheme.name} cannot")
         )
     with _source_of(base):
         if switch("thorough", source.get("thorough", False)):

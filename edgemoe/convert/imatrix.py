@@ -97,7 +97,9 @@ def read_imatrix(path: Path) -> dict[str, Entry]:
     for name, (sums, counts) in entries.items():
         # A model that was run in half precision may have overflowed.
         if not (np.isfinite(sums).all() and (sums >= 0).all() and (counts >= 0).all()):
-            raise FormatError(f"{path}: {shortened(name)} holds what is no sum of squares")
+            raise FormatError(
+                f"{path}: {shortened(name)} holds a value that is not a sum of squares"
+            )
     return entries
 
 

@@ -146,7 +146,9 @@ class _Reader(Reader):
         at = np.searchsorted(layers, table["layer"])
         known = (at < len(layers)) & (layers[np.minimum(at, len(layers) - 1)] == table["layer"])
         wrong = np.flatnonzero(~known | (table["expert"] >= config.num_experts))
-        self.need(wrong.size == 0, f"section which: entry {wrong[:1]} is no expert of the model")
+        self.need(
+            wrong.size == 0, f"section which: entry {wrong[:1]} is not an expert of the model"
+        )
         flat = at * config.num_experts + table["expert"].astype(np.int64)
         self.need(bool((np.diff(flat) > 0).all()), "section which: entries do not ascend")
         return np.stack([at, table["expert"].astype(np.int64)], 1)

@@ -392,7 +392,7 @@ class Reader:
                 narrowest[f"experts.{part}"] = min(shape)
         for kind, ranks in value.items():
             self.need(
-                kind in narrowest, f"correction: {quoted(kind)} is no kind of matrix of the model"
+                kind in narrowest, f"correction: the model has no matrices of kind {quoted(kind)}"
             )
             count = rungs if kind.startswith("experts.") else dense_rungs
             self.need(
@@ -438,7 +438,7 @@ class Reader:
             out.append(last)
         self.need(
             all(scheme.is_ladder(bits) for bits in zip(*out, strict=True)),
-            f"ladder {quoted(value)} is none of scheme {scheme.name}",
+            f"ladder {quoted(value)} is not one of scheme {scheme.name}",
         )
         return tuple(out)
 

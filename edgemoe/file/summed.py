@@ -79,7 +79,7 @@ class SummedFile:
         weakref.finalize(self, os.close, self._fd)
         found = os.fstat(self._fd)
         if not stat.S_ISREG(found.st_mode):
-            raise self._none("it is no regular file")
+            raise self._none("it is not a regular file")
         size = self._size = found.st_size
         head = self._bytes(0, min(8, size))
         if len(head) < 8 or not 0 < (length := struct.unpack("<Q", head)[0]) <= _MOST_HEADER:

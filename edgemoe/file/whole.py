@@ -231,7 +231,7 @@ def _open(path: Path, flags: int) -> int:
 def _require_plain(file: io.FileIO, path: Path, *, ours: bool) -> None:
     found = os.fstat(file.fileno())
     if not stat.S_ISREG(found.st_mode):
-        raise _not_plain(path, "no regular file")
+        raise _not_plain(path, "not a regular file")
     if ours and found.st_nlink > 1:
         raise _not_plain(path, "another name of a file")
 

@@ -181,7 +181,7 @@ def test_what_cannot_be_an_adapter(there, tmp_path, capsys):
     [
         ("pruned", 0.5, "its source says prune: takes a calibration"),
         ("thorough", "yes", "its source says thorough: expected True or False, got 'yes'"),
-        ("favour", "4", "favours '4' bits, which are none of its levels"),
+        ("favour", "4", "favours '4' bits, which are not among its levels"),
     ],
 )
 def test_what_a_base_says_of_how_it_was_made_is_checked(there, tmp_path, key, value, message):
@@ -247,8 +247,8 @@ def test_entries_that_name_no_expert(there, tmp_path):
     which = np.array([(adapter.config.moe_layers[a], e) for a, e in adapter.which.tolist()], "<u4")
     at = content.index(which.tobytes())
     for change, message in (
-        ((0, 0, 9), "entry .* is no expert"), ((0, 1, 8), "entry .* is no expert"),
-        ((1, 0, 2**32 - 1), "entry .* is no expert"), ((2, 1, 0), "entries do not ascend"),
+        ((0, 0, 9), "entry .* is not an expert"), ((0, 1, 8), "entry .* is not an expert"),
+        ((1, 0, 2**32 - 1), "entry .* is not an expert"), ((2, 1, 0), "entries do not ascend"),
     ):  # fmt: skip
         other = which.copy()
         row, column, value = change

@@ -276,7 +276,9 @@ def test_an_imatrix_of_no_sums_of_squares_is_refused(tmp_path: Path, value: floa
     sums, counts = read_imatrix(tmp_path / "im.dat")["blk.0.attn_q.weight"]
     assert (sums.tolist(), counts.tolist()) == ([[512.0, 1024.0]], [512])
     (tmp_path / "im.dat").write_bytes(dat(b"blk.0.attn_q.weight", [1.0, value]))
-    with pytest.raises(FormatError, match=r"im\.dat: blk\.0\.attn_q\.weight holds what is no sum"):
+    with pytest.raises(
+        FormatError, match=r"im\.dat: blk\.0\.attn_q\.weight holds a value that is not a sum"
+    ):
         read_imatrix(tmp_path / "im.dat")
 
 

@@ -158,7 +158,7 @@ def test_what_is_no_such_file_is_refused(tmp_path: Path) -> None:
         opened(tmp_path / "absent")
     os.mkfifo(tmp_path / "pipe")
     for name in ("pipe", "."):
-        with pytest.raises(FormatError, match="not a test: it is no regular file"):
+        with pytest.raises(FormatError, match="not a test: it is not a regular file"):
             opened(tmp_path / name)
 
 

@@ -188,7 +188,7 @@ def test_names_that_are_ours_are_no_links(tmp_path: Path) -> None:
     os.link(victim, tmp_path / "hard")
     os.mkfifo(tmp_path / "pipe")
     for name, what in (
-        ("link", "a symbolic link"), ("hard", "another name of a file"), ("pipe", "no regular file"),
+        ("link", "a symbolic link"), ("hard", "another name of a file"), ("pipe", "not a regular file"),
     ):  # fmt: skip
         with pytest.raises(FileExistsError, match=f"is {what}; expected none or a file") as error:
             locked(tmp_path / name, create=True, ours=True, busy="")

@@ -278,7 +278,7 @@ def test_the_text_of_mistral_3_is_mistral_4_and_its_tower_is_left_out(
     (tmp_path / "config.json").write_text(json.dumps(config))
     model = SourceModel(HFCheckpoint(tmp_path))
     assert model.config == plain.config
-    assert model.notes == ("left out: the tower that sees (2 tensors)",)
+    assert model.notes == ("left out: the vision tower (2 tensors)",)
     for name in dense_tensors(model.config):
         np.testing.assert_array_equal(model.tensor(name), plain.tensor(name))
     config["text_config"]["model_type"] = "mistral"

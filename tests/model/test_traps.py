@@ -188,8 +188,8 @@ def test_what_sees_and_hears_is_left_out_in_words(tmp_path: Path) -> None:
     whole = {"model_type": "gemma4", "text_config": config, "tie_word_embeddings": True}
     (path / "config.json").write_text(json.dumps(whole))
     model = open_model(path)
-    towers = ("sees", "hears")
-    assert set(model.notes) == {f"left out: the tower that {t} (1 tensors)" for t in towers}
+    towers = ("vision", "audio")
+    assert set(model.notes) == {f"left out: the {t} tower (1 tensors)" for t in towers}
 
 
 @pytest.mark.parametrize(
@@ -291,7 +291,7 @@ def test_the_experts_of_qwen3_vl_are_released_with_inputs_first(is_released, tmp
 
         changed(tmp_path, transposed)
     ours = open_model(tmp_path)
-    assert ours.notes[0].startswith("left out: the tower that sees")
+    assert ours.notes[0].startswith("left out: the vision tower")
     tensors = {name: ours.tensor(name) for name in dense_tensors(ours.config)}
     got, _ = reference.logits(ours.config, tensors, ours.expert, [i % 150 for i in ids])
     assert np.abs(got - expected).max() <= 1e-4 * np.abs(expected).max()

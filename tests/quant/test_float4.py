@@ -212,8 +212,8 @@ def test_logits_do_not_depend_on_the_budget(path, monkeypatch):
     [
         ("scheme", "nvfp4", "groups of 32; expected 16"),
         ("group", 16, "groups of 16; expected 32"),
-        ("ladder", [[3, 3, 3]], "is none of scheme mxfp4"),
-        ("ladder", [[2, 2, 2], [4, 4, 4]], "is none of scheme mxfp4"),
+        ("ladder", [[3, 3, 3]], "is not one of scheme mxfp4"),
+        ("ladder", [[2, 2, 2], [4, 4, 4]], "is not one of scheme mxfp4"),
         ("row_scales", [1, 1], "for each rung of nested codes"),
     ],
 )

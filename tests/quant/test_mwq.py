@@ -287,8 +287,8 @@ def test_an_upgrade_reads_the_rungs_that_are_missing(path, files):
         ("scheme", ["mwq"], "is not known"),
         ("scheme", "nested", "groups of 128; expected 16"),
         ("group", 64, "groups of 64; expected 128"),
-        ("ladder", [[2, 2, 2], [4, 4, 4]], "is none of scheme mwq"),
-        ("dense_ladder", [3, 4], "is none of scheme mwq"),
+        ("ladder", [[2, 2, 2], [4, 4, 4]], "is not one of scheme mwq"),
+        ("dense_ladder", [3, 4], "is not one of scheme mwq"),
         ("dense_ladder", [2], "has rungs"),
     ],
 )

@@ -176,7 +176,7 @@ def without(section):
     [
         (without("basis"), "the section basis is missing; experts have corrections"),
         (setter("correction", []), "correction must be an object"),
-        (setter("correction", "router", [8] * 5), r"correction: 'router' is no kind of matrix"),
+        (setter("correction", "router", [8] * 5), r"correction: the model has no matrices of kind 'router'"),
         (setter("correction", "q", [8, 8]), r"correction of q: ranks \[8, 8\]; expected one for each of 5"),
         (setter("correction", "q", [4, 8, 8, 0, 0]), "0, 8, 16, 24 or 32"),
         (setter("correction", "q", [40, 8, 8, 0, 0]), "0, 8, 16, 24 or 32"),

@@ -80,11 +80,11 @@ def pieces(moe: MoeFile, model_type: str) -> dict[str, Piece]:
 
     def refused(what: str) -> FormatError:
         return FormatError(
-            f"{moe.path}: models of {model_type} cannot be exported: {what} is stored in a form that is not made back"
+            f"{moe.path}: models of {model_type} cannot be exported: the conversion of {what} cannot be reversed"
         )
 
     if family.view is not _PLAIN.view:
-        raise refused("what LayerNorms became")
+        raise refused("LayerNorms")
     shapes = {name: spec.shape for name, spec in dense_tensors(config).items()}
     experts = dict(zip(MATRICES, config.expert_shapes, strict=True))
     sources = dict(family.sources(config, {}))

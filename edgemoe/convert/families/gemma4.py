@@ -122,9 +122,9 @@ def _scale(stored: NDArray[Any], _: object) -> NDArray[Any]:
 
 def _left_out(config: ModelConfig, name: str) -> str:
     if name.startswith(("model.vision_tower.", "model.embed_vision.")):
-        return "the tower that sees"
+        return "the vision tower"
     if name.startswith(("model.audio_tower.", "model.embed_audio.")):
-        return "the tower that hears"
+        return "the audio tower"
     return ""
 
 

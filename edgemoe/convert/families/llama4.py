@@ -80,7 +80,7 @@ def _is_tuned(settings: Settings) -> bool:
 
 def _left_out(config: ModelConfig, name: str) -> str:
     sees = name.startswith(("vision_model.", "multi_modal_projector."))
-    return "the tower that sees" if sees else ""
+    return "the vision tower" if sees else ""
 
 
 _FFN = "feed_forward."

@@ -26,7 +26,7 @@ def _config(settings: Settings) -> ModelConfig:
 
 
 def _left_out(config: ModelConfig, name: str) -> str:
-    return "the tower that sees" if name.removeprefix("model.").startswith(_OTHERS) else ""
+    return "the vision tower" if name.removeprefix("model.").startswith(_OTHERS) else ""
 
 
 FAMILY = Family(

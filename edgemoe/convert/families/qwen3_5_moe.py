@@ -27,7 +27,7 @@ def _config(settings: Settings) -> ModelConfig:
 
 def _left_out(config: ModelConfig, name: str) -> str:
     if name.startswith(("model.visual.", "visual.")):
-        return "the tower that sees"
+        return "the vision tower"
     return qwen3_next.left_out(config, name)
 
 

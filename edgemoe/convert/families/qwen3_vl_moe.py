@@ -38,7 +38,7 @@ def transposed_up(stored: NDArray[Any], _: object) -> NDArray[Any]:
 
 
 def _left_out(config: ModelConfig, name: str) -> str:
-    return "the tower that sees" if name.startswith(("model.visual.", "visual.")) else ""
+    return "the vision tower" if name.startswith(("model.visual.", "visual.")) else ""
 
 
 FAMILY = Family(
