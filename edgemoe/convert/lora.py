@@ -114,9 +114,8 @@ class _Config:
                 f"{self.where}: {module}: its rank is {quoted(said)}, its factors have {rank}"
             )
         alpha = _of(self.alphas, module, self.alpha)
-        if type(alpha) not in (int, float) or not math.isfinite(alpha):
-            raise FormatError(f"{self.where}: alpha_pattern: expected numbers, got {quoted(alpha)}")
-        return float(alpha) / (math.sqrt(rank) if self.by_root else rank)
+        alpha = Settings({"alpha_pattern": alpha}, where=self.where).number("alpha_pattern")
+        return alpha / (math.sqrt(rank) if self.by_root else rank)
 
 
 def _turns(version: object) -> bool | None:
