@@ -150,11 +150,12 @@ def _run(args: Namespace, settings: Settings) -> int:
 
 def _reserved(args: Namespace, moe: MoeFile) -> int:
     """Returns the bytes of the budget that the server itself takes."""
+    from edgemoe.serve.desk import AT_HAND
     from edgemoe.serve.grammar import grammar_bytes
 
     masks = 0 if args.no_grammar else grammar_bytes(moe.config.vocab_size)
     parallel: int = args.parallel
-    return _PER_SEQUENCE * parallel + masks
+    return _PER_SEQUENCE * parallel + masks + AT_HAND
 
 
 def _options(args: Namespace, moe: MoeFile, reserved: int) -> EngineOptions:

@@ -130,6 +130,10 @@ class Batcher:
         slot = self._slots[number]
         return self._errands.add(lambda: use(slot.state), when=lambda: slot.request is None)
 
+    def borrow(self, size: int) -> Future[None]:
+        """Takes memory from the experts between two passes; see `Room.borrow`. May be called on any thread."""
+        return self._errands.add(lambda: self._model.room.borrow(size), when=lambda: True)
+
     def _can_change(self) -> bool:
         """Returns whether no prompt is being scored: all its log-probabilities have to come from one model."""
         busy = [(slot, slot.request) for slot in self._slots if slot.request is not None]

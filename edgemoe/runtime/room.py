@@ -7,6 +7,7 @@ import time
 from weakref import WeakSet
 
 from edgemoe import _core, hardware
+from edgemoe.errors import OutOfBudget
 from edgemoe.model import Batch, SequenceState
 from edgemoe.runtime.budget import Budget
 from edgemoe.runtime.context import KV_STEP
@@ -46,7 +47,7 @@ class Room:
         self._tokens = 0  # of the largest pass so far
         self._singles = 0  # decoding passes so far
         self._is_lent = False
-        self._beside = 0
+        self._beside = self._borrowed = 0
         self.is_resting = False
         """Whether the slots' memory was given back to the system, until the next pass."""
         self._base = budget.fixed - budget.kv - budget.chunk * budget.row
@@ -111,6 +112,24 @@ class Room:
             self._is_lent = True
             self._resize(self._left(size))
 
+    def borrow(self, size: int) -> None:
+        """Takes `size` bytes from the slots until `borrow(0)`, in place of what the last call took.
+
+        Raises:
+            OutOfBudget: the slots would be smaller than one expert; nothing has changed.
+        """
+        if not self._is_measured or self._is_steady:
+            return
+        left = self._budget.ram - self._base - self._counted()
+        if size > self._borrowed and left - size < self._budget.expert:
+            spare = max(left - self._budget.expert, 0)
+            raise OutOfBudget(f"expected {-(-size >> 20)} MiB, got {spare >> 20} MiB")
+        self._borrowed = size
+        if not size:  # what did not come back is measured before the next pass
+            self._next_s = 0.0
+        elif not self.is_resting:
+            self._resize(self._left())
+
     def rest(self) -> None:
         """Gives the slots' memory back to the system, except for one expert; the next pass takes it again."""
         if not self._is_steady:
@@ -131,7 +150,7 @@ class Room:
     def _left(self, beside: int = 0) -> int:
         """Returns the bytes that are left for slots when everything that is counted, and `beside` bytes, are taken."""
         budget = self._budget
-        left = budget.ram - self._base - self._counted() - beside
+        left = budget.ram - self._base - self._counted() - beside - self._borrowed
         return min(max(left, budget.expert), budget.experts)
 
     def _counted(self) -> int:

@@ -15,13 +15,15 @@ from edgemoe import hardware
 from edgemoe.serve import fields
 from edgemoe.serve.files import page_file
 from edgemoe.serve.problems import Problem
-from edgemoe.serve.prompts import Conversation, render
+from edgemoe.serve.prompts import Conversation
 from edgemoe.serve.service import Service
 
 __all__ = [
     "Detokenize", "Template", "Tokenize", "apply_template", "detokenize", "health", "metrics", "models",
     "props", "root", "slots", "tokenize",
 ]  # fmt: skip
+
+_TOKEN_BYTES = 256  # that decoding may take for each token
 
 
 def _json(value: object, status: int = 200) -> Response:
@@ -170,10 +172,8 @@ class Template(msgspec.Struct):
 def tokenize(service: Service, body: bytes) -> dict[str, Any]:
     """Returns the tokens of a text."""
     said, _ = fields.read(body, Tokenize, is_strict=False)
-    try:
-        ids = service.tokenizer.encode(said.content, add_special=said.add_special)
-    except ValueError as error:
-        raise Problem(400, str(error), param="content") from None
+    text = said.content
+    ids = service.encoded(text, "content", add_special=said.add_special) if text else []
     if not said.with_pieces:
         return {"tokens": ids}
     return {"tokens": [{"id": i, "piece": service.tokenizer.token_text(i)} for i in ids]}
@@ -185,6 +185,7 @@ def detokenize(service: Service, body: bytes) -> dict[str, Any]:
     size = service.model.config.vocab_size
     if not all(0 <= i < size for i in said.tokens):
         raise Problem(400, f"tokens: expected 0 to {size - 1}", param="tokens")
+    service.desk.need(_TOKEN_BYTES * len(said.tokens))
     return {"content": service.tokenizer.decode(said.tokens, skip_special=False)}
 
 
@@ -192,8 +193,5 @@ def apply_template(service: Service, body: bytes) -> dict[str, Any]:
     """Returns the prompt of a conversation."""
     said, _ = fields.read(body, Template, is_strict=False)
     tools = [t.function.plain() for t in said.tools or () if t.function is not None]
-    text = render(
-        service.tokenizer, Conversation(said.messages, tools), service.form,
-        most_characters=64 << 20, variables=said.chat_template_kwargs or {},
-    )  # fmt: skip
-    return {"prompt": text}
+    talk = Conversation(said.messages, tools)
+    return {"prompt": service.rendered(talk, said.chat_template_kwargs or {})}

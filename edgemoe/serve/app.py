@@ -6,7 +6,7 @@ import asyncio
 import hmac
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 from sse_starlette.sse import EventSourceResponse
@@ -19,7 +19,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from edgemoe.errors import shortened
+from edgemoe.errors import shortened, size_text
 from edgemoe.serve import about, connections, messages, openai, responses
 from edgemoe.serve.actions import act
 from edgemoe.serve.answers import Answer
@@ -37,7 +37,10 @@ __all__ = ["make_app"]
 
 logger = logging.getLogger(__name__)
 
+_T = TypeVar("_T")
+
 _LARGEST_BODY = 16 << 20
+_LARGEST_ORDER = 64 << 10  # of a body that is read on the event loop
 _FREE = ("/health", "/v1/health", "/")
 
 
@@ -65,7 +68,9 @@ def make_app(service: Service) -> Starlette:
         return page_file(request, request.path_params["name"])
 
     async def settings(request: Request) -> Response:
-        return _json(await change_settings(service, request, await body_of(request)))
+        return _json(
+            await change_settings(service, request, await body_of(request, most=_LARGEST_ORDER))
+        )
 
     async def events(request: Request) -> Response:
         return watch.response()
@@ -221,30 +226,38 @@ def _gone(request: Request, error: ClientDisconnect) -> Response:
     return Response(status_code=400)  # nobody reads it
 
 
-async def body_of(request: Request) -> bytes:
+async def body_of(
+    request: Request, *, most: int, grow: Callable[[int], Awaitable[None]] | None = None
+) -> bytes:
     """Returns a request's body.
 
+    Args:
+        request: the request.
+        most: the most bytes.
+        grow: makes room for bytes, before so many come beyond the first 64 KiB.
+
     Raises:
-        Problem: it is larger than 16 MiB, or no part of it came for `connections.PATIENCE` seconds.
+        Problem: it is larger than `most` bytes, or no part of it came for `connections.PATIENCE` seconds.
     """
-    too_large = Problem(413, f"body: expected at most {_LARGEST_BODY >> 20} MiB")
+    too_large = Problem(413, f"body: expected at most {size_text(most)}")
     said = request.headers.get("content-length", "")
-    if said.isdecimal() and int(said) > _LARGEST_BODY:  # without waiting for any of it
+    if said.isdecimal() and int(said) > most:  # without waiting for any of it
         raise too_large
-    parts: list[bytes] = []
-    size = 0
+    body, room = bytearray(), _LARGEST_ORDER
     stream = request.stream()
     while True:
         try:
             part = await asyncio.wait_for(anext(stream), connections.PATIENCE)
         except StopAsyncIteration:
-            return b"".join(parts)
+            return body  # type: ignore[return-value]  # not copied, as it may be large
         except asyncio.TimeoutError:
             raise Problem(408, f"body: nothing came for {connections.PATIENCE:g} s") from None
-        size += len(part)
-        if size > _LARGEST_BODY:
+        body += part
+        if len(body) > most:
             raise too_large
-        parts.append(part)
+        if len(body) > room and grow is not None:
+            await grow(room)
+            room *= 2
 
 
 async def answered(
@@ -304,25 +317,38 @@ def _streamed(service: Service, answer: Answer, limit: asyncio.TimerHandle) -> R
     )  # fmt: skip
 
 
+async def _read(service: Service, request: Request, read: Callable[[Service, bytes], _T]) -> _T:
+    """Returns what `read` makes of a request's body; see `Desk.read`."""
+    desk, held = service.desk, 0
+
+    async def grow(size: int) -> None:
+        nonlocal held
+        await desk.hold(size)
+        held += size
+
+    try:
+        body = await body_of(request, most=_LARGEST_BODY, grow=grow)
+        return await asyncio.to_thread(desk.read, read, service, body)
+    finally:
+        desk.release(held)
+
+
 async def _chat(service: Service, request: Request) -> Response:
-    body = await body_of(request)
-    said, ask = await asyncio.to_thread(openai.read_chat, service, body)
+    said, ask = await _read(service, request, openai.read_chat)
     _note(service, ask.ignored)
     answer = ChatAnswer(service, said, [ask])
     return await answered(service, request, answer, streams=bool(said.stream))
 
 
 async def _completion(service: Service, request: Request) -> Response:
-    body = await body_of(request)
-    said, asks = await asyncio.to_thread(openai.read_completion, service, body)
+    said, asks = await _read(service, request, openai.read_completion)
     _note(service, asks[0].ignored)
     answer = TextAnswer(service, said, asks)
     return await answered(service, request, answer, streams=bool(said.stream))
 
 
 async def _messages(service: Service, request: Request) -> Response:
-    body = await body_of(request)
-    said, ask = await asyncio.to_thread(messages.read_messages, service, body)
+    said, ask = await _read(service, request, messages.read_messages)
     if "anthropic-beta" in request.headers:
         ask.ignored.append("anthropic-beta")
     _note(service, ask.ignored)
@@ -331,12 +357,11 @@ async def _messages(service: Service, request: Request) -> Response:
 
 
 async def _count(service: Service, request: Request) -> Response:
-    return _json(await asyncio.to_thread(messages.count, service, await body_of(request)))
+    return _json(await _read(service, request, messages.count))
 
 
 async def _responses(service: Service, request: Request) -> Response:
-    body = await body_of(request)
-    said, ask = await asyncio.to_thread(responses.read_responses, service, body)
+    said, ask = await _read(service, request, responses.read_responses)
     _note(service, ask.ignored)
     answer = responses.ResponsesAnswer(service, said, ask)
     return await answered(service, request, answer, streams=bool(said.stream))
@@ -353,7 +378,7 @@ async def _no_embeddings(service: Service, request: Request) -> Response:
 
 async def _act(service: Service, request: Request) -> Response:
     slot, action = request.path_params["slot"], request.query_params.get("action", "")
-    return _json(await act(service, slot, action, await body_of(request)))
+    return _json(await act(service, slot, action, await body_of(request, most=_LARGEST_ORDER)))
 
 
 def _description(service: Service) -> Response:
@@ -361,12 +386,12 @@ def _description(service: Service) -> Response:
 
 
 async def _tokenize(service: Service, request: Request) -> Response:
-    return _json(await asyncio.to_thread(about.tokenize, service, await body_of(request)))
+    return _json(await _read(service, request, about.tokenize))
 
 
 async def _detokenize(service: Service, request: Request) -> Response:
-    return _json(await asyncio.to_thread(about.detokenize, service, await body_of(request)))
+    return _json(await _read(service, request, about.detokenize))
 
 
 async def _apply_template(service: Service, request: Request) -> Response:
-    return _json(await asyncio.to_thread(about.apply_template, service, await body_of(request)))
+    return _json(await _read(service, request, about.apply_template))

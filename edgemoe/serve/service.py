@@ -17,6 +17,7 @@ from edgemoe.runtime.opening import Opened
 from edgemoe.runtime.pool import PrefixPool
 from edgemoe.runtime.prefixes import PrefixStore
 from edgemoe.runtime.requests import Constraint, Outcome
+from edgemoe.serve.desk import Desk
 from edgemoe.serve.figures import ServerFigures
 from edgemoe.serve.grammar import Grammars
 from edgemoe.serve.guide import Guide
@@ -27,8 +28,10 @@ from edgemoe.serve.reply import Ask, Reply
 from edgemoe.serve.settings import Settings
 from edgemoe.serve.worker import Worker
 from edgemoe.text.calls import markers
+from edgemoe.text.jinja.meter import Meter
 from edgemoe.text.reading import Reading
 from edgemoe.text.sampler import SamplingParams
+from edgemoe.text.tokenizer import Tokenizer
 
 __all__ = ["Service", "Wanted"]
 
@@ -138,6 +141,7 @@ class Service:
             self.model, eos, most_waiting=settings.queue,
             prefixes=self.store if self.pool is None else self.pool,
         )  # fmt: skip
+        self.desk = Desk(batcher)
         self.worker = Worker(batcher, on_death)
         self.worker.keep_alive = settings.keep_alive
 
@@ -224,11 +228,7 @@ class Service:
             variables.setdefault("enable_thinking", thinks)
         if wanted.effort and wanted.effort != "none":
             variables.setdefault("reasoning_effort", wanted.effort)
-        given = len(json.dumps([talk.messages, talk.tools, variables]))
-        text = render(
-            self.tokenizer, talk, self.form, variables=variables,
-            most_characters=_SURELY_LONG * self.context + 2 * given + 4096,
-        )  # fmt: skip
+        text = self.rendered(talk, variables)
         ids = self.encoded(text, "messages", add_special=not self.tokenizer.has_chat_template)
         is_reasoning = self.reading.is_opened(text)
         ask = Ask(
@@ -246,6 +246,21 @@ class Service:
             wanted, tools, is_reasoning, 0 if thinks is False else most
         )
         return ask
+
+    def rendered(self, talk: Conversation, variables: Mapping[str, Any]) -> str:
+        """Returns the prompt of a conversation, as text.
+
+        Raises:
+            Problem: the template refuses it, or it takes too much memory.
+        """
+        said = "".join(map(json.dumps, (talk.messages, talk.tools, variables)))
+        given = len(said)
+        few = Tokenizer.most_bytes(said[: _SURELY_LONG * self.context])  # tokenizing comes next
+        self.desk.need(max(Meter.most_bytes(given), few))
+        return render(
+            self.tokenizer, talk, self.form, variables=variables,
+            most_characters=_SURELY_LONG * self.context + 2 * given + 4096,
+        )  # fmt: skip
 
     def _constraint(
         self, wanted: Wanted, tools: Sequence[Mapping[str, Any]], is_reasoning: bool, most: int
@@ -330,12 +345,14 @@ class Service:
         """Returns the tokens of a prompt.
 
         Raises:
-            Problem: the text is not valid Unicode, is empty, or is too long for the context.
+            Problem: the text is not valid Unicode, is empty, is too long for the context, or takes too much memory.
         """
         few = text[: _SURELY_LONG * self.context]
         try:
+            self.desk.need(Tokenizer.most_bytes(few))
             if len(few) < len(text) and len(self.tokenizer.encode(few)) >= self.context:
                 raise too_long(param, len(text) * self.context // len(few), self.context)
+            self.desk.need(Tokenizer.most_bytes(text))
             ids = self.tokenizer.encode(text, add_special=add_special)
         except ValueError as error:
             raise wrong(param, str(error)) from None

@@ -26,6 +26,8 @@ _SPACE, _SPACE_PER_BYTE = (
     24,
 )  # bytes of address space, without which the library aborts; SmolLM2's file takes 20 for each byte
 
+_ENCODED_BYTES = 512  # for each byte of a text, where every one becomes a token; English takes a third of it
+
 
 class Tokenizer:
     """A model's tokenizer and chat templates: text to ids and back, and messages to a prompt. Immutable."""
@@ -139,6 +141,11 @@ class Tokenizer:
                 return list(self._backend.encode(text, add_special_tokens=add_special).ids)
         except (UnicodeEncodeError, TypeError) as error:
             raise ValueError(f"encode: the text is not valid Unicode; {error}") from None
+
+    @staticmethod
+    def most_bytes(text: str) -> int:
+        """Returns the memory that encoding a text may take."""
+        return _ENCODED_BYTES * len(text.encode(errors="surrogatepass"))
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         """Returns the text of `ids`; unknown ids are left out, broken UTF-8 becomes U+FFFD.

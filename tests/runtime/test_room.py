@@ -10,6 +10,7 @@ import pytest
 
 import edgemoe
 from edgemoe import hardware
+from edgemoe.errors import OutOfBudget
 from edgemoe.model import Batch, SequenceState
 from edgemoe.runtime.budget import Budget
 from edgemoe.runtime.context import KV_STEP
@@ -198,6 +199,39 @@ def test_what_is_lent_comes_back_with_the_next_pass():
     kept = touched(8 * MIB)
     run(r, state, 1)
     assert r.size == pytest.approx(before - len(kept), abs=2 * MIB)
+
+
+def test_what_is_borrowed_comes_back_when_it_is_returned():
+    taken = hardware.exact_process_bytes()
+    b = budget(ram=taken + 64 * MIB, process=taken, dense=0, kv=12 * MIB, experts=4000 * EXPERT)
+    r, cache = room(b, is_measured=True)
+    state = sequence(r)
+    run(r, state, 1)
+    first = r.size
+    r.borrow(MIB)  # before the first reply too: what is lent then is less
+    assert r.size == first - MIB
+    r.borrow(0)
+    for _ in range(5):
+        run(r, state, 1)
+    before = r.size
+    r.borrow(4 * MIB)
+    r.borrow(8 * MIB)
+    assert r.size == before - 8 * MIB
+    used = touched(8 * MIB)
+    for _ in range(3):
+        r._next_s = 0.0
+        run(r, state, 1)
+        assert r.size <= before - 8 * MIB + MIB  # however often it is measured
+    with pytest.raises(OutOfBudget, match="expected 1000 MiB, got"):
+        r.borrow(1000 * MIB)
+    r.rest()
+    r.borrow(9 * MIB)
+    assert r.size == EXPERT
+    del used
+    r.borrow(0)
+    run(r, state, 1)
+    assert r.size == pytest.approx(before, abs=2 * MIB)
+    assert cache.stats["budget_bytes"] == r.size // 4096 * 4096
 
 
 def test_measuring_takes_little_time():
