@@ -309,6 +309,7 @@ class Chat:
             self._engine.lend(Meter.most_bytes(given))
             text = self._tokenizer.render_chat(messages, most_characters=most, **self.variables)
             self._check_length(text)
+        self._engine.lend(Tokenizer.most_bytes(text))
         ids = self._tokenizer.encode(text, add_special=self._is_raw)
         if not ids:
             raise ValueError("say: expected some text, got none")
@@ -323,7 +324,10 @@ class Chat:
         """Refuses a text that is far too long before it is tokenized, as that takes many times the text's memory."""
         context = self._engine.context
         few = text[: _SURELY_LONG * context]
-        if len(few) < len(text) and len(self._tokenizer.encode(few)) >= context:
+        if len(few) == len(text):
+            return
+        self._engine.lend(Tokenizer.most_bytes(few))
+        if len(self._tokenizer.encode(few)) >= context:
             raise TooLong(
                 f"say: the conversation is too long for the context; expected less than "
                 f"{context} tokens, got {len(text)} characters"

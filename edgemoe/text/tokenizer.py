@@ -26,7 +26,9 @@ _SPACE, _SPACE_PER_BYTE = (
     24,
 )  # bytes of address space, without which the library aborts; SmolLM2's file takes 20 for each byte
 
-_ENCODED_BYTES = 512  # for each byte of a text, where every one becomes a token; English takes a third of it
+_ENCODED_BYTES = (
+    512  # for each byte of a text, where every one becomes a token; English takes a third of it
+)
 
 
 class Tokenizer:

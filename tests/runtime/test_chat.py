@@ -17,6 +17,7 @@ from edgemoe.errors import FormatError, ReadError
 from edgemoe.runtime.chat import Chat, TooLong
 from edgemoe.text.jinja.meter import Meter
 from edgemoe.text.sampler import SamplingParams
+from edgemoe.text.tokenizer import Tokenizer
 
 GREEDY = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
 
@@ -194,7 +195,20 @@ def test_what_was_reasoned_is_a_part_of_the_conversation(
     else:
         list(chat.say("Go on"))
     asked = [*messages, {"role": "user", "content": "Go on"}]
-    assert lent[0] >= Meter.most_bytes(len(json.dumps(asked)))
+    assert max(lent) >= Meter.most_bytes(len(json.dumps(asked)))
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_room_is_made_for_tokenizing(
+    raw: bool, engine: edgemoe.Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lent: list[int] = []
+    monkeypatch.setattr(edgemoe.Engine, "lend", lambda _, size: lent.append(size))
+    text = "é" * 20_000
+    with pytest.raises(ValueError, match="too long for the context"):
+        list(Chat(engine, raw=raw).say(text))
+    assert lent[0] >= Tokenizer.most_bytes(text[: 8 * engine.context])
+    assert len(lent) == 1
 
 
 def test_a_reply_ends_where_the_context_does(engine: edgemoe.Engine) -> None:
