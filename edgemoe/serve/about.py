@@ -171,7 +171,8 @@ class Template(msgspec.Struct):
 
 def tokenize(service: Service, body: bytes) -> dict[str, Any]:
     """Returns the tokens of a text."""
-    said, _ = fields.read(body, Tokenize, is_strict=False)
+    said, ignored = fields.read(body, Tokenize)
+    service.note(ignored)
     text = said.content
     ids = service.encoded(text, "content", add_special=said.add_special) if text else []
     if not said.with_pieces:
@@ -181,7 +182,8 @@ def tokenize(service: Service, body: bytes) -> dict[str, Any]:
 
 def detokenize(service: Service, body: bytes) -> dict[str, Any]:
     """Returns the text of tokens."""
-    said, _ = fields.read(body, Detokenize, is_strict=False)
+    said, ignored = fields.read(body, Detokenize)
+    service.note(ignored)
     size = service.model.config.vocab_size
     if not all(0 <= i < size for i in said.tokens):
         raise Problem(400, f"tokens: expected 0 to {size - 1}", param="tokens")
@@ -191,7 +193,8 @@ def detokenize(service: Service, body: bytes) -> dict[str, Any]:
 
 def apply_template(service: Service, body: bytes) -> dict[str, Any]:
     """Returns the prompt of a conversation."""
-    said, _ = fields.read(body, Template, is_strict=False)
+    said, ignored = fields.read(body, Template)
+    service.note(ignored)
     tools = [t.function.plain() for t in said.tools or () if t.function is not None]
     talk = Conversation(said.messages, tools)
     return {"prompt": service.rendered(talk, said.chat_template_kwargs or {})}

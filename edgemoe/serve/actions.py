@@ -48,7 +48,9 @@ async def act(service: Service, slot: int, action: str, body: bytes) -> dict[str
         raise wrong("action", f"expected one of {', '.join(_ACTIONS)}, got {action!r:.80}")
     if action == "erase":
         return {"id_slot": slot, "n_erased": await _with(service, slot, _erase)}
-    name = fields.read(body, Named, is_strict=False)[0].filename
+    named, ignored = fields.read(body, Named)
+    service.note(ignored)
+    name = named.filename
     store, start = service.store, time.perf_counter()
 
     def save(state: SequenceState) -> tuple[int, int]:

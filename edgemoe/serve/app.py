@@ -335,14 +335,14 @@ async def _read(service: Service, request: Request, read: Callable[[Service, byt
 
 async def _chat(service: Service, request: Request) -> Response:
     said, ask = await _read(service, request, openai.read_chat)
-    _note(service, ask.ignored)
+    service.note(ask.ignored)
     answer = ChatAnswer(service, said, [ask])
     return await answered(service, request, answer, streams=bool(said.stream))
 
 
 async def _completion(service: Service, request: Request) -> Response:
     said, asks = await _read(service, request, openai.read_completion)
-    _note(service, asks[0].ignored)
+    service.note(asks[0].ignored)
     answer = TextAnswer(service, said, asks)
     return await answered(service, request, answer, streams=bool(said.stream))
 
@@ -351,7 +351,7 @@ async def _messages(service: Service, request: Request) -> Response:
     said, ask = await _read(service, request, messages.read_messages)
     if "anthropic-beta" in request.headers:
         ask.ignored.append("anthropic-beta")
-    _note(service, ask.ignored)
+    service.note(ask.ignored)
     answer = messages.MessagesAnswer(service, said, ask)
     return await answered(service, request, answer, streams=bool(said.stream))
 
@@ -362,14 +362,9 @@ async def _count(service: Service, request: Request) -> Response:
 
 async def _responses(service: Service, request: Request) -> Response:
     said, ask = await _read(service, request, responses.read_responses)
-    _note(service, ask.ignored)
+    service.note(ask.ignored)
     answer = responses.ResponsesAnswer(service, said, ask)
     return await answered(service, request, answer, streams=bool(said.stream))
-
-
-def _note(service: Service, ignored: list[str]) -> None:
-    for name in service.figures.ignored(ignored):
-        logger.warning("a client sends %s, which has no effect here", name[:80])
 
 
 async def _no_embeddings(service: Service, request: Request) -> Response:

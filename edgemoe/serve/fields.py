@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 import msgspec
@@ -180,13 +180,12 @@ _LISTS = ("messages", "system", "tools", "input")
 """Fields whose items, and the parts of these, may have a `cache_control`, which has no effect here."""
 
 
-def read(body: bytes, kind: type[_T], *, is_strict: bool) -> tuple[_T, list[str]]:
+def read(body: bytes, kind: type[_T]) -> tuple[_T, list[str]]:
     """Reads a request's body.
 
     Args:
         body: JSON.
         kind: the type of the request.
-        is_strict: refuse fields that have no effect.
 
     Returns:
         The request, and the names of the fields that were sent and have no effect here.
@@ -210,8 +209,6 @@ def read(body: bytes, kind: type[_T], *, is_strict: bool) -> tuple[_T, list[str]
             continue
         if name == "modalities" or name in _REFUSED:
             raise wrong(name, _REFUSED.get(name, "this model reads and writes text alone"))
-        if is_strict:
-            raise wrong(name, "has no effect here, and --strict refuses such fields")
         ignored.append(name)
     ignored += _nested(raw)
     _check_numbers(found)
@@ -229,19 +226,18 @@ def _nested(raw: Mapping[str, Any]) -> list[str]:
             for name, value in options.items()
             if value is not None and name not in known
         ]
-    items = [item for name in _LISTS if isinstance(raw.get(name), list) for item in raw[name]]
-    inner = [part for item in items if isinstance(item, dict) for part in _parts(item)]
-    if any(
-        isinstance(part, dict) and part.get("cache_control") is not None
-        for part in (*items, *inner)
-    ):
+    parts = (part for name in _LISTS for part in _parts(raw.get(name)))
+    if any(part.get("cache_control") is not None for part in parts):
         found.append("cache_control")
     return found
 
 
-def _parts(item: Mapping[str, Any]) -> list[Any]:
-    content = item.get("content")
-    return content if isinstance(content, list) else []
+def _parts(items: object) -> Iterator[Mapping[str, Any]]:
+    """Yields the objects of a list, and those of their contents."""
+    for item in items if isinstance(items, list) else ():
+        if isinstance(item, dict):
+            yield item
+            yield from _parts(item.get("content"))
 
 
 def _located(text: str) -> Problem:

@@ -28,9 +28,7 @@ def read_messages(service: Service, body: bytes) -> tuple[fields.MessagesRequest
     Raises:
         Problem: names what is wrong.
     """
-    request, ignored = fields.read(
-        body, fields.MessagesRequest, is_strict=service.settings.is_strict
-    )
+    request, ignored = fields.read(body, fields.MessagesRequest)
     wanted = Wanted(
         sampling={
             "max_tokens": request.max_tokens, "temperature": request.temperature, "top_p": request.top_p,
@@ -47,9 +45,11 @@ def count(service: Service, body: bytes) -> dict[str, Any]:
     Raises:
         Problem: names what is wrong.
     """
-    request, ignored = fields.read(body, fields.CountRequest, is_strict=False)
+    request, ignored = fields.read(body, fields.CountRequest)
     wanted = Wanted(ignored=ignored)
-    return {"input_tokens": len(service.converse(_talk(request, wanted), wanted).ids)}
+    talk = _talk(request, wanted)
+    service.note(ignored)
+    return {"input_tokens": len(service.converse(talk, wanted).ids)}
 
 
 def _talk(request: Any, wanted: Wanted) -> Conversation:
@@ -62,6 +62,8 @@ def _talk(request: Any, wanted: Wanted) -> Conversation:
     wanted.several_calls = choice.get("disable_parallel_tool_use") is not True
     thinking = request.thinking or {}
     if thinking:
+        known = ("type", "budget_tokens")
+        wanted.ignored += [f"thinking.{n}" for n in thinking if n not in known and thinking[n]]
         wanted.thinks = thinking.get("type") != "disabled"
         budget = thinking.get("budget_tokens")
         if budget is not None:

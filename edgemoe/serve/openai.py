@@ -133,7 +133,7 @@ def read_chat(service: Service, body: bytes) -> tuple[fields.ChatRequest, Ask]:
     Raises:
         Problem: names what is wrong.
     """
-    request, ignored = fields.read(body, fields.ChatRequest, is_strict=service.settings.is_strict)
+    request, ignored = fields.read(body, fields.ChatRequest)
     wanted = _wanted(service, request, ignored)
     if request.max_completion_tokens is not None:
         wanted.sampling["max_tokens"] = request.max_completion_tokens
@@ -164,9 +164,7 @@ def read_completion(service: Service, body: bytes) -> tuple[fields.CompletionReq
     Raises:
         Problem: names what is wrong.
     """
-    request, ignored = fields.read(
-        body, fields.CompletionRequest, is_strict=service.settings.is_strict
-    )
+    request, ignored = fields.read(body, fields.CompletionRequest)
     wanted = _wanted(service, request, ignored)
     if request.logprobs is not None and not 0 <= request.logprobs <= fields.MOST_TOP:
         raise wrong("logprobs", f"expected 0 to {fields.MOST_TOP}, got {request.logprobs}")

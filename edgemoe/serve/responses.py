@@ -27,11 +27,9 @@ def read_responses(service: Service, body: bytes) -> tuple[fields.ResponsesReque
     Raises:
         Problem: names what is wrong.
     """
-    request, ignored = fields.read(
-        body, fields.ResponsesRequest, is_strict=service.settings.is_strict
-    )
+    request, ignored = fields.read(body, fields.ResponsesRequest)
     reasoning = request.reasoning or {}
-    effort = reasoning.get("effort")
+    effort, text = reasoning.get("effort"), request.text or {}
     wanted = Wanted(
         sampling={
             "max_tokens": request.max_output_tokens, "temperature": request.temperature,
@@ -39,12 +37,11 @@ def read_responses(service: Service, body: bytes) -> tuple[fields.ResponsesReque
         },
         ignored=ignored, tool_choice=tool_choice(request.tool_choice),
         several_calls=request.parallel_tool_calls is not False, thinks=thinking(effort),
-        effort=effort if isinstance(effort, str) else None, form=_form(request.text or {}),
+        effort=effort if isinstance(effort, str) else None, form=_form(text),
         adapter=service.adapter(request.model),
     )  # fmt: skip
     ignored += [f"reasoning.{name}" for name in reasoning if name != "effort" and reasoning[name]]
-    if (request.text or {}).get("verbosity"):
-        ignored.append("text.verbosity")
+    ignored += [f"text.{name}" for name in text if name != "format" and text[name]]
     if request.top_logprobs:
         ignored.append("top_logprobs")
     tools = []

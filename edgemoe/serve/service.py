@@ -185,6 +185,18 @@ class Service:
             said = str(error).removeprefix("adapter: ")
             raise Problem(404, f"{param}: {said}", param=param, code="model_not_found") from None
 
+    def note(self, ignored: Sequence[str]) -> None:
+        """Counts fields of a request that have no effect, and logs those that are new; with --strict, refuses them.
+
+        Raises:
+            Problem: there is one, and the server is strict.
+        """
+        if ignored and self.settings.is_strict:
+            name = ignored[0].partition(": ")[0]
+            raise wrong(name, "has no effect here, and --strict refuses what has none")
+        for name in self.figures.ignored(ignored):
+            logger.warning("a client sends %s, which has no effect here", name[:80])
+
     def shown(self, adapter: int) -> str:
         """Returns the name of the model with an adapter, as replies show it."""
         name = self.names[0]

@@ -34,7 +34,7 @@ async def change_settings(service: Service, request: Request, body: bytes) -> di
         Problem: the request comes from another web page, or a value is not possible; then nothing has changed.
     """
     _check_origin(service, request)
-    said, unknown = fields.read(body, _Change, is_strict=False)
+    said, unknown = fields.read(body, _Change)
     if unknown:
         raise wrong(
             unknown[0], f"cannot be changed while the model runs; expected {', '.join(CHANGEABLE)}"

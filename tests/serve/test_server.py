@@ -83,10 +83,39 @@ def test_only_named_pages_may_ask(guarded, server):
     assert none.headers["x-content-type-options"] == "nosniff"
 
 
-def test_strict_servers_refuse_what_has_no_effect(guarded):
-    done = guarded.post("/v1/chat/completions", chat(user="x"), headers={"x-api-key": "open"})
+MARKED = [{"type": "text", "text": "x", "cache_control": {"type": "ephemeral"}}]
+RESULT = [{"type": "tool_result", "tool_use_id": "a", "content": MARKED}]
+CHATS, CLAUDE, RESPONSES = "/v1/chat/completions", "/v1/messages", "/v1/responses"
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "name"),
+    [
+        (CHATS, chat(user="x"), "user"), (CHATS, chat(MARKED), "cache_control"),
+        (CHATS, chat(tools=[{"type": "x"}]), "tools[0]"),
+        (CHATS, chat(stream_options={"include_x": True}), "stream_options.include_x"),
+        ("/v1/completions", {"prompt": "x", "user": "x"}, "user"),
+        (CLAUDE, chat(MARKED), "cache_control"), (CLAUDE, chat(RESULT), "cache_control"),
+        (CLAUDE, chat(tools=[{"type": "web_search_20250305"}]), "tools[0]"),
+        (CLAUDE, chat(thinking={"type": "enabled", "display": "omitted"}), "thinking.display"),
+        (CLAUDE, chat(), "anthropic-beta"), ("/v1/messages/count_tokens", chat(top_k=1), "top_k"),
+        (RESPONSES, {"input": "x", "reasoning": {"summary": "auto"}}, "reasoning.summary"),
+        (RESPONSES, {"input": "x", "text": {"verbosity": "low"}}, "text.verbosity"),
+        (RESPONSES, {"input": "x", "top_logprobs": 1}, "top_logprobs"),
+        (RESPONSES, {"input": "x", "tools": [{"type": "web_search"}]}, "tools[0]"),
+        ("/tokenize", {"content": "x", "parse_special": True}, "parse_special"),
+        ("/detokenize", {"tokens": [65], "x": 1}, "x"), ("/apply-template", chat(x=1), "x"),
+    ],
+)  # fmt: skip
+def test_strict_servers_refuse_what_has_no_effect(guarded, server, path, body, name):
+    headers = {"x-api-key": "open"} | ({name: "x"} if name == "anthropic-beta" else {})
+    if path in (CHATS, CLAUDE):
+        body = {**body, "max_tokens": 1}
+    done = guarded.post(path, body, headers=headers)
     assert done.status_code == 400
-    assert done.json()["error"]["param"] == "user"
+    message = done.json()["error"]["message"]
+    assert message == f"{name}: has no effect here, and --strict refuses what has none"
+    assert server.post(path, body, headers=headers).status_code == 200
 
 
 def test_other_machines_need_a_key():
