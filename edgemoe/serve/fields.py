@@ -171,7 +171,7 @@ _REFUSED: Mapping[str, str] = {
 
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "modalities": (["text"],), "best_of": (1,), "suffix": ("",), "background": (False,),
-    "truncation": ("disabled", "auto"),
+    "truncation": ("disabled",),
 }  # fmt: skip
 """Values of fields that ask for nothing, and so are neither refused nor reported."""
 

@@ -102,6 +102,7 @@ CHATS, CLAUDE, RESPONSES = "/v1/chat/completions", "/v1/messages", "/v1/response
         (RESPONSES, {"input": "x", "reasoning": {"summary": "auto"}}, "reasoning.summary"),
         (RESPONSES, {"input": "x", "text": {"verbosity": "low"}}, "text.verbosity"),
         (RESPONSES, {"input": "x", "top_logprobs": 1}, "top_logprobs"),
+        (RESPONSES, {"input": "x", "truncation": "auto"}, "truncation"),
         (RESPONSES, {"input": "x", "tools": [{"type": "web_search"}]}, "tools[0]"),
         ("/tokenize", {"content": "x", "parse_special": True}, "parse_special"),
         ("/detokenize", {"tokens": [65], "x": 1}, "x"), ("/apply-template", chat(x=1), "x"),
