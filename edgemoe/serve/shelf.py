@@ -9,15 +9,18 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from edgemoe import library
 from edgemoe.errors import EdgemoeError, OutOfBudget
 from edgemoe.file.format import MoeFile, look_into
 from edgemoe.lab.quality.choice import plain_rows, stored
+from edgemoe.model import KvTypes
 from edgemoe.ops import OpsShape
 from edgemoe.runtime.budget import Budget
 from edgemoe.runtime.model import Model
+from edgemoe.runtime.precisions import with_kv_table
 
 __all__ = ["Shelf"]
 
@@ -56,7 +59,7 @@ class Shelf:
             try:
                 if kept.path.samefile(self._model.moe.path):
                     continue
-                moe = look_into(kept.path)
+                moe = look_into(kept.path, ("kv_types",))
             except (EdgemoeError, OSError) as error:
                 yield {"name": kept.name, "broken": str(error)}
                 continue
@@ -71,13 +74,13 @@ class Shelf:
 
         It ends at the first level at which all experts fit.
         """
-        budget, options = self._model.budget, self._model.options
+        budget, types = self._model.budget, self._types(moe)
         shape = OpsShape.of(moe.config, self._model.threads)
         for bits in sorted({bits for bits, _, _ in moe.ladder}, reverse=True):
             try:
                 found = Budget.divide(
                     moe, ram=budget.ram, process=budget.process, level=moe.level(bits),
-                    dense_level=len(moe.dense_ladder), context=None, kv_types=options.kv_types, ops=shape,
+                    dense_level=len(moe.dense_ladder), context=None, kv_types=types, ops=shape,
                     sequences=budget.sequences,
                 )  # fmt: skip
             except OutOfBudget as error:
@@ -87,6 +90,16 @@ class Shelf:
                 yield {"bits": bits, "resident": share, "context": found.context}
                 if share == 1:
                     return  # all lower levels fit too
+
+    def _types(self, moe: MoeFile) -> KvTypes:
+        """Returns this server's types of keys and values; for "auto", those of the model's own table, or else f16."""
+        options = replace(self._model.options, kv_table=None)
+        try:
+            return with_kv_table(moe, options).kv_types
+        except ValueError:
+            kinds = (options.cache_type_k, options.cache_type_v)
+            keys, values = ("f16" if of == "auto" else of for of in kinds)
+            return KvTypes(keys, values)
 
 
 def _quality(moe: MoeFile, model: Model) -> dict[str, dict[str, Any]]:

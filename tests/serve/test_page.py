@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import shutil
 import time
 import tracemalloc
 from pathlib import Path
@@ -16,10 +17,13 @@ import httpx2 as httpx
 import numpy as np
 import pytest
 from served import measured_file, running
+from tiny import tiny_checkpoint
 
 import edgemoe.serve
+from edgemoe.convert.convert import convert
 from edgemoe.file.append import add_sections
 from edgemoe.file.format import open_moe
+from edgemoe.model import KvTable, KvTypes
 from edgemoe.serve.shelf import Shelf
 
 PAGE = Path(edgemoe.serve.__file__).parent / "page"
@@ -255,6 +259,30 @@ def test_a_plan_of_the_shelf_is_the_engine_s(tiny_moe):
         rows = list(Shelf(monkey)._plan(moe))
         assert [row["bits"] for row in rows] == [8, 6, 4, 3, 2]
         assert all("too small" in row["why_not"] for row in rows)
+
+
+def test_a_plan_of_the_shelf_has_the_other_model_s_cache_types(tiny_moe, tmp_path, monkeypatch):
+    """A table of each layer's types is of one model alone."""
+    folder = tmp_path / "models"
+    folder.mkdir()
+    monkeypatch.setenv("EDGEMOE_MODELS", str(folder))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    convert(tiny_checkpoint(layers=3), folder / "bare.moe")
+    shutil.copy(folder / "bare.moe", folder / "small.moe")
+    for path, layers in ((folder / "small.moe", 3), (tmp_path / "own.moe", 2)):
+        if layers == 2:
+            shutil.copy(tiny_moe, path)
+        of = KvTable.identity(open_moe(path))
+        table = KvTable(of=of, layers=(("q4_0", "q4_0"),) * layers)
+        add_sections(path, {"kv_types": table.to_json()})
+    options = {"cache_type_k": "auto", "cache_type_v": "auto", "ram": 24 << 20}
+    with running(tmp_path / "own.moe", options=options) as server:
+        bare, small = server.get("/shelf").json()["models"]
+        assert (bare["name"], small["name"]) == ("bare", "small")
+        types = Shelf(server.service.model)._types
+        assert types(open_moe(folder / "bare.moe")) == KvTypes()
+        assert types(open_moe(folder / "small.moe")).of(2) == KvTypes("q4_0", "q4_0")
+        assert bare["plan"][0]["resident"] <= small["plan"][0]["resident"]
 
 
 def test_the_log_has_no_text(server):
