@@ -115,13 +115,12 @@ class TraceWriter(Observer):
 
     def close(self) -> None:
         """Writes what is left and closes the file; see `Observer.close`."""
-        with named(self._path):
+        with named(self._path), self._file:
             self._flush()
             self._file.flush()
             if os.path.isfile(self._path):
                 os.fsync(self._file.fileno())
                 sync_directory(Path(os.path.realpath(self._path)))
-            self._file.close()
 
     def _settle(self) -> None:
         """Turns the single tokens that were gathered into a block of records."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -418,14 +419,16 @@ class Service:
         self.is_stopping = True
         self.worker.stop()
         profile, model = self.opened.profile, self.model
-        if self.worker.error is None:
-            self.batcher.save()
-        if model.experts.observer is not None:
-            model.experts.observer.close()
-        if profile is not None and self.worker.error is None:
-            learned = profile.learned(model.store, model.scheduler)
-            if learned is not None:
-                profile.write(learned)
+        has_died = self.worker.error is not None
+        with contextlib.ExitStack() as rest:  # all of it, also where something of it fails
+            if profile is not None and not has_died:
+                learned = profile.learned(model.store, model.scheduler)
+                if learned is not None:
+                    rest.callback(profile.write, learned)
+            if model.experts.observer is not None:
+                rest.callback(model.experts.observer.close)
+            if not has_died:
+                self.batcher.save()
 
     def tool_words(self) -> str:
         """Returns the name of the format of calls, for a note at start."""

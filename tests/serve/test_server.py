@@ -23,7 +23,9 @@ from edgemoe.errors import FormatError
 from edgemoe.runtime.opening import open_model
 from edgemoe.runtime.options import EngineOptions
 from edgemoe.serve.loading import Loading
+from edgemoe.serve.prompts import Conversation
 from edgemoe.serve.server import listen
+from edgemoe.serve.service import Service, Wanted
 from edgemoe.serve.settings import Settings
 
 ASK = [{"role": "user", "content": "Say it."}]
@@ -289,6 +291,24 @@ def test_a_lost_engine_ends_the_server_with_a_code(tiny_moe):
         assert server.code == 1
 
 
+def test_a_trace_that_cannot_be_written_costs_no_profile(tiny_moe, tmp_path):
+    profile = tmp_path / "learned.profile"
+    options = EngineOptions(trace="/dev/full", profile=profile)
+    opened = open_model(tiny_moe, options)
+
+    async def asked():
+        service = Service(opened, Settings(), name="x", sampling=opened.text.sampling)
+        ask = service.converse(Conversation(ASK, []), Wanted(sampling={"max_tokens": 2}))
+        async for _ in service.begin(ask).parts():
+            pass
+        return service
+
+    service = asyncio.run(asked())
+    with pytest.raises(OSError, match="No space left"):
+        service.close()
+    assert profile.stat().st_size > 0
+
+
 def test_a_failed_read_is_one_failed_request(tmp_path, caplog):
     from tiny import tiny_checkpoint
 
@@ -317,7 +337,6 @@ def test_a_model_without_tokenizer_is_refused(tmp_path):
     from tiny import tiny_checkpoint
 
     from edgemoe.convert.convert import convert
-    from edgemoe.serve.service import Service
 
     checkpoint = tiny_checkpoint()
     checkpoint.files = {}
