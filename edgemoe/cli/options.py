@@ -267,7 +267,7 @@ def _add_serve_flags(parser: argparse.ArgumentParser) -> None:
          help="most tokens of reasoning, where the model marks its end with one token (default: -1, no limit)")
     _add_switch(requests, "--strict", help="refuse fields that have no effect, instead of reporting them")
     _add_switch(requests, "--metrics", help="serve figures for Prometheus at /metrics")
-    _add_switch(requests, "--no-page", help="serve no page at /")
+    _add_switch(requests, "--no-page", help="serve no page at /, and take no POST /settings")
 
     sampling = parser.add_argument_group("sampling, where a request says nothing")
     _add_temp(sampling)

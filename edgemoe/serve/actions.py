@@ -15,9 +15,9 @@ from edgemoe.serve import fields
 from edgemoe.serve.problems import Problem, wrong
 from edgemoe.serve.service import Service
 
-__all__ = ["Named", "act"]
+__all__ = ["ACTIONS", "Named", "act"]
 
-_ACTIONS = ("save", "restore", "erase")
+ACTIONS = ("save", "restore", "erase")
 
 
 class Named(msgspec.Struct):
@@ -44,8 +44,8 @@ async def act(service: Service, slot: int, action: str, body: bytes) -> dict[str
         )
     if not 0 <= slot < len(service.batcher.views):
         raise wrong("id_slot", f"expected 0 to {len(service.batcher.views) - 1}, got {slot}")
-    if action not in _ACTIONS:
-        raise wrong("action", f"expected one of {', '.join(_ACTIONS)}, got {action!r:.80}")
+    if action not in ACTIONS:
+        raise wrong("action", f"expected one of {', '.join(ACTIONS)}, got {action!r:.80}")
     if action == "erase":
         return {"id_slot": slot, "n_erased": await _with(service, slot, _erase)}
     named, ignored = fields.read(body, Named)

@@ -377,7 +377,11 @@ async def _act(service: Service, request: Request) -> Response:
 
 
 def _description(service: Service) -> Response:
-    return Response(description(), media_type="application/json")
+    settings = service.settings
+    lacks: tuple[str, ...] = () if settings.has_page else ("/events", "/shelf", "/settings")
+    lacks += () if settings.has_metrics else ("/metrics",)
+    lacks += () if settings.prefixes is not None else ("/slots/{slot}",)
+    return Response(description(*lacks), media_type="application/json")
 
 
 async def _tokenize(service: Service, request: Request) -> Response:

@@ -10,6 +10,8 @@ import msgspec
 
 import edgemoe
 from edgemoe.serve import about, fields
+from edgemoe.serve.actions import ACTIONS, Named
+from edgemoe.serve.steering import Change
 
 __all__ = ["description"]
 
@@ -22,13 +24,23 @@ _POSTS: Mapping[str, tuple[str, type[msgspec.Struct]]] = {
     "/tokenize": ("Returns a text's tokens.", about.Tokenize),
     "/detokenize": ("Returns the text of tokens.", about.Detokenize),
     "/apply-template": ("Returns the prompt of a chat.", about.Template),
+    "/settings": ("Changes how the model runs, for all; what is not said stays.", Change),
+    "/slots/{slot}": ("Saves a sequence under a name, restores it, or erases it.", Named),
 }  # fmt: skip
 _GETS: Mapping[str, str] = {
+    "/": "Returns name and version, or the page to a browser.",
     "/health": "Says whether the server answers.",
     "/v1/models": "Lists the model, under all its names, and with each of its adapters.",
     "/props": "Says how the model runs.",
     "/slots": "Says what each sequence does.",
+    "/events": "Streams what the page shows, as text/event-stream, without an end.",
+    "/shelf": "Says what the levels cost, and which other models are on this machine.",
+    "/metrics": "Returns all figures in the format of Prometheus.",
 }
+_SLOT = [
+    {"name": "slot", "in": "path", "required": True, "schema": {"type": "integer", "minimum": 0}},
+    {"name": "action", "in": "query", "required": True, "schema": {"enum": list(ACTIONS)}},
+]
 _TEXT_PART = {
     "type": "object", "required": ["type", "text"],
     "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
@@ -52,9 +64,10 @@ _ERRORS = {
 
 
 @functools.cache
-def description() -> bytes:
-    """Returns the description as JSON."""
-    kinds = [kind for _, kind in _POSTS.values()]
+def description(*lacks: str) -> bytes:
+    """Returns the description as JSON, without some paths that the server does not have."""
+    posts = {path: post for path, post in _POSTS.items() if path not in lacks}
+    kinds = [kind for _, kind in posts.values()]
     schemas, components = msgspec.json.schema_components(
         kinds, ref_template="#/components/schemas/{name}"
     )
@@ -67,9 +80,10 @@ def description() -> bytes:
         if "messages" in properties:
             properties["messages"] = messages
     paths: dict[str, Any] = {
-        path: {"get": {"summary": summary, "responses": _responses()}} for path, summary in _GETS.items()
+        path: {"get": {"summary": summary, "responses": _responses()}}
+        for path, summary in _GETS.items() if path not in lacks
     }  # fmt: skip
-    for (path, (summary, kind)), schema in zip(_POSTS.items(), schemas, strict=True):
+    for (path, (summary, kind)), schema in zip(posts.items(), schemas, strict=True):
         content = {"application/json": {"schema": schema}}
         if "stream" in kind.__struct_fields__:
             summary += " With stream, the answer is text/event-stream."
@@ -77,6 +91,8 @@ def description() -> bytes:
             "summary": summary, "requestBody": {"required": True, "content": content},
             "responses": _responses(streams="stream" in kind.__struct_fields__),
         }}  # fmt: skip
+        if kind is Named:
+            paths[path]["post"]["parameters"] = _SLOT
     return msgspec.json.encode({
         "openapi": "3.1.0", "info": {"title": "edgemoe", "version": edgemoe.__version__},
         "paths": paths, "components": {"schemas": components},

@@ -14,10 +14,12 @@ from edgemoe.serve.problems import Problem, wrong
 from edgemoe.serve.service import Service
 from edgemoe.serve.watch import set_now
 
-__all__ = ["change_settings"]
+__all__ = ["Change", "change_settings"]
 
 
-class _Change(msgspec.Struct):
+class Change(msgspec.Struct):
+    """The body of /settings."""
+
     bits: int | Literal["auto"] | msgspec.UnsetType | None = msgspec.UNSET
     experts: int | msgspec.UnsetType | None = msgspec.UNSET
     scheduler: str | msgspec.UnsetType = msgspec.UNSET
@@ -34,7 +36,7 @@ async def change_settings(service: Service, request: Request, body: bytes) -> di
         Problem: the request comes from another web page, or a value is not possible; then nothing has changed.
     """
     _check_origin(service, request)
-    said, unknown = fields.read(body, _Change)
+    said, unknown = fields.read(body, Change)
     if unknown:
         raise wrong(
             unknown[0], f"cannot be changed while the model runs; expected {', '.join(CHANGEABLE)}"

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import re
 import shutil
 import time
 import tracemalloc
@@ -24,6 +25,7 @@ from edgemoe.convert.convert import convert
 from edgemoe.file.append import add_sections
 from edgemoe.file.format import open_moe
 from edgemoe.model import KvTable, KvTypes
+from edgemoe.serve.app import make_app
 from edgemoe.serve.shelf import Shelf
 
 PAGE = Path(edgemoe.serve.__file__).parent / "page"
@@ -283,6 +285,28 @@ def test_a_plan_of_the_shelf_has_the_other_model_s_cache_types(tiny_moe, tmp_pat
         assert types(open_moe(folder / "bare.moe")) == KvTypes()
         assert types(open_moe(folder / "small.moe")).of(2) == KvTypes("q4_0", "q4_0")
         assert bare["plan"][0]["resident"] <= small["plan"][0]["resident"]
+
+
+def test_all_routes_are_described(tiny_moe, tmp_path):
+    others = {
+        "/openapi.json", "/page/{name}", "/v1/embeddings", "/embeddings", "/v1/health", "/models",
+        "/chat/completions", "/completions", "/responses",
+    }  # fmt: skip
+    every = {"prefixes": str(tmp_path), "has_metrics": True, "has_page": True}
+    for settings in (every, {"prefixes": None, "has_metrics": False, "has_page": False}):
+        with running(tiny_moe, **settings) as server:
+            described = server.get("/openapi.json").json()["paths"]
+            routes = {
+                re.sub(":[a-z]+}", "}", r.path): r.methods - {"HEAD"}
+                for r in make_app(server.service).routes
+            }
+        if settings is every:
+            assert described.keys() == routes.keys() - others
+        else:
+            lacks = {"/slots/{slot}", "/metrics", "/events", "/shelf", "/settings"}
+            assert described.keys() == routes.keys() - others - lacks
+        for path, what in described.items():
+            assert {how.upper() for how in what} == routes[path], path
 
 
 def test_the_log_has_no_text(server):
