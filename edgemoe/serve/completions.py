@@ -124,6 +124,10 @@ class ChatAnswer(_Completion):
 
     object, chunk_object, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
 
+    def call_name(self, index: int, number: int) -> str:
+        """Returns the id of a call of a choice, which no other call of the answer has."""
+        return call_id("call_", self.id, self.count * number + index)
+
     async def _choice(self, index: int, reply: Reply) -> dict[str, Any]:
         texts = {"content": "", "reasoning": ""}
         calls: list[dict[str, Any]] = []
@@ -138,7 +142,7 @@ class ChatAnswer(_Completion):
             for event in part.events:
                 if isinstance(event, ToolCall):
                     function = {"name": event.name, "arguments": event.arguments}
-                    name = call_id("call_", self.id, 16 * index + len(calls))
+                    name = self.call_name(index, len(calls))
                     calls.append({"id": name, "type": "function", "function": function})
                 else:
                     texts[event.kind] += event.text
@@ -176,7 +180,7 @@ class ChatAnswer(_Completion):
             made, said = part.tokens, part.logprobs
             for event in part.events:
                 if isinstance(event, ToolCall):
-                    name = call_id("call_", self.id, 16 * index + calls)
+                    name = self.call_name(index, calls)
                     head = {
                         "index": calls, "id": name, "type": "function",
                         "function": {"name": event.name, "arguments": ""},

@@ -13,6 +13,9 @@ from served import running
 from tiny import tiny_checkpoint
 
 from edgemoe.convert.convert import convert
+from edgemoe.serve.completions import ChatAnswer
+from edgemoe.serve.reply import Ask
+from edgemoe.text.sampler import SamplingParams
 
 ASK = [{"role": "user", "content": "Go."}]
 SCHEMAS = [
@@ -192,6 +195,16 @@ def test_a_tool_that_must_be_called_is_called(client):
         tool_choice={"type": "function", "function": {"name": "wait"}},
     )  # fmt: skip
     assert one.choices[0].message.tool_calls[0].function.name == "wait"
+
+
+def test_no_two_calls_of_an_answer_have_one_id():
+    answer = ChatAnswer.__new__(ChatAnswer)
+    answer.id, answer.asks = (
+        "chatcmpl-" + "0" * 32,
+        [Ask(ids=[1], params=SamplingParams(), choices=8)],
+    )
+    names = [answer.call_name(choice, number) for choice in range(8) for number in range(40)]
+    assert len(set(names)) == 8 * 40
 
 
 def test_a_call_streams_as_clients_put_it_together(client):
