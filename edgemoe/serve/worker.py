@@ -43,7 +43,9 @@ class Worker:
 
     def _run(self) -> None:
         try:
-            idle = math.inf  # when the last pass ended; infinity before the first and after `rest`
+            idle = (
+                time.monotonic()
+            )  # since the last pass, or since the start; infinity after `rest`
             while not self._is_stopping:
                 if self.batcher.step():
                     idle = time.monotonic()

@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import time
 
 import httpx2 as httpx
 import pytest
@@ -159,6 +160,15 @@ def test_experts_leave_memory_when_nobody_asks(tiny_moe):
         assert cached(server, keep_alive=-1) == (199, right)
         assert server.get("/props").json()["is_sleeping"] is False
         assert server.post("/v1/completions", {**LONG, "keep_alive": "soon"}).status_code == 400
+
+
+def test_experts_leave_memory_when_nobody_has_asked_yet(tiny_moe):
+    """They may be there, from `--warm`."""
+    with running(tiny_moe, keep_alive=0.02) as server:
+        end = time.monotonic() + 20
+        while not server.get("/props").json()["is_sleeping"]:
+            assert time.monotonic() < end
+        assert cached(server)[0] == 0
 
 
 @pytest.mark.parametrize(
