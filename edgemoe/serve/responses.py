@@ -117,19 +117,22 @@ class ResponsesAnswer(Answer):
         self._request = request
         self.id = f"resp_{uuid.uuid4().hex}"
         self._created = int(time.time())
+        self._number = -1  # of the last event
 
     def failure(self, problem: Problem) -> bytes:
         """Returns the last event of a stream that failed."""
         error = {"code": problem.code or "server_error", "message": problem.message}
         failed = {**self._response("failed", []), "error": error}
-        return _event({"type": "response.failed", "sequence_number": 1 << 30, "response": failed})
+        return self._numbered({"type": "response.failed", "response": failed})
 
     async def events(self) -> AsyncIterator[bytes]:
         """Yields the answer as a stream of events."""
-        number = 0
         async for event in self._events():
-            yield _event({**event, "sequence_number": number})
-            number += 1
+            yield self._numbered(event)
+
+    def _numbered(self, event: dict[str, Any]) -> bytes:
+        self._number += 1
+        return _event({**event, "sequence_number": self._number})
 
     async def whole(self) -> dict[str, Any]:
         """Returns the answer once it is complete."""

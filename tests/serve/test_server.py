@@ -328,6 +328,11 @@ def test_a_failed_read_is_one_failed_request(tmp_path, caplog):
         stream = server.post("/v1/chat/completions", chat(max_tokens=4, seed=1, stream=True))
         last = [line for line in stream.text.splitlines() if line.startswith("data:")][-1]
         assert json.loads(last[5:])["error"]["type"] == "server_error"
+        ask = {"input": "Go.", "stream": True, "seed": 1}
+        lines = server.post("/v1/responses", ask).text.splitlines()
+        events = [json.loads(line[5:]) for line in lines if line.startswith("data:")]
+        assert [event["sequence_number"] for event in events] == list(range(len(events)))
+        assert events[-1]["type"] == "response.failed"
         with open(path, "r+b") as file:
             file.write(whole)
         assert server.post("/v1/chat/completions", chat(max_tokens=4, seed=1)).status_code == 200
