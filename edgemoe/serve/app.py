@@ -25,7 +25,7 @@ from edgemoe.serve.actions import act
 from edgemoe.serve.answers import Answer
 from edgemoe.serve.completions import ChatAnswer, TextAnswer
 from edgemoe.serve.files import page_file
-from edgemoe.serve.log import route_of
+from edgemoe.serve.log import Asked, asked_now
 from edgemoe.serve.openapi import description
 from edgemoe.serve.problems import Problem
 from edgemoe.serve.service import Service
@@ -129,13 +129,13 @@ class _Door:
             return
         headers = dict(scope["headers"])
         host = headers.get(b"host", b"").decode("latin-1")
-        route = scope["path"]
+        asked = Asked(scope["path"])
 
         async def counted(message: Any) -> None:
             if message["type"] == "http.response.start":
                 found = getattr(scope.get("route"), "path", "other")
                 self._service.figures.request(str(found), message["status"])
-                if message["status"] >= 400:
+                if message["status"] >= 400 and not asked.is_logged:
                     self._service.log.refused(str(found), message["status"])
                 message["headers"] = [*message["headers"], *_HEADERS]
             await send(message)
@@ -144,9 +144,9 @@ class _Door:
             problem = Problem(
                 403, f"Host: this server is not {host[:80]!r}; --allowed-hosts adds names"
             )
-            await _said(problem, route)(scope, receive, counted)
+            await _said(problem, asked.route)(scope, receive, counted)
             return
-        route_of.set(route)
+        asked_now.set(asked)
         await self._app(scope, receive, counted)
 
 

@@ -6,16 +6,27 @@ import threading
 import time
 from collections import deque
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 from edgemoe.runtime.requests import Outcome
 
-__all__ = ["RequestLog", "route_of"]
+__all__ = ["Asked", "RequestLog", "asked_now"]
 
 _MOST = 200
 
-route_of: ContextVar[str] = ContextVar("route_of", default="")
-"""The route of the request that is being answered."""
+
+@dataclass(slots=True)
+class Asked:
+    """A request that is being answered."""
+
+    route: str = ""
+    is_logged: bool = False
+    """Whether it will be logged when its reply ends, and so need not be when it fails."""
+
+
+asked_now: ContextVar[Asked | None] = ContextVar("asked_now", default=None)
+"""The request that is being answered."""
 
 
 class RequestLog:

@@ -22,7 +22,7 @@ from edgemoe.serve.desk import Desk
 from edgemoe.serve.figures import ServerFigures
 from edgemoe.serve.grammar import Grammars
 from edgemoe.serve.guide import Guide
-from edgemoe.serve.log import RequestLog, route_of
+from edgemoe.serve.log import Asked, RequestLog, asked_now
 from edgemoe.serve.problems import Problem, too_long, wrong
 from edgemoe.serve.prompts import Conversation, render
 from edgemoe.serve.reply import Ask, Reply
@@ -384,6 +384,8 @@ class Service:
         Raises:
             Problem: the prompt is too long, too many requests wait, or the server is stopping.
         """
+        asked = asked_now.get() or Asked()
+        asked.is_logged = False
         if self.is_stopping:
             raise Problem(503, "the server is stopping", retry_after=10)
         if self.worker.error is not None:
@@ -392,11 +394,10 @@ class Service:
             raise too_long("prompt" if ask.is_raw else "messages", len(ask.ids), self.context)
         if ask.keep_alive is not None:
             self.worker.keep_alive = ask.keep_alive
-        route = route_of.get()
 
         def ended(outcome: Outcome) -> None:
             self.figures.reply(outcome)
-            self.log.reply(route, outcome, ask.ignored)
+            self.log.reply(asked.route, outcome, ask.ignored)
 
         reply = Reply(ask, choice, self.tokenizer, self.reading, ended, streams=streams)
         try:
@@ -408,6 +409,7 @@ class Service:
             raise Problem(400, str(error)) from None
         except RuntimeError as error:
             raise Problem(503, str(error)) from None
+        asked.is_logged = True
         return reply
 
     def close(self) -> None:

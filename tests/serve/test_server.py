@@ -270,6 +270,7 @@ def test_a_request_that_takes_too_long_is_given_up(tiny_moe):
         done = server.post("/v1/chat/completions", chat(ignore_eos=True))
         assert done.status_code == 503
         assert done.json()["error"]["code"] == "cancelled"
+        assert [entry["end"] for entry in server.service.log.since(0)] == ["cancelled"]
 
 
 def test_a_full_queue_says_when_to_come_again(tiny_moe):
@@ -278,6 +279,7 @@ def test_a_full_queue_says_when_to_come_again(tiny_moe):
         assert done.status_code == 429
         assert int(done.headers["retry-after"]) >= 1
         assert done.json()["error"]["type"] == "rate_limit"
+        assert [entry["status"] for entry in server.service.log.since(0)] == [429]
 
 
 def test_a_lost_engine_ends_the_server_with_a_code(tiny_moe):
@@ -325,6 +327,8 @@ def test_a_failed_read_is_one_failed_request(tmp_path, caplog):
         message = done.json()["error"]["message"]
         assert str(path) in message
         assert f"a request failed: {message}" in caplog.text  # the log has it too
+        (entry,) = server.service.log.since(0)  # once
+        assert (entry["status"], entry["end"]) == (500, "error")
         stream = server.post("/v1/chat/completions", chat(max_tokens=4, seed=1, stream=True))
         last = [line for line in stream.text.splitlines() if line.startswith("data:")][-1]
         assert json.loads(last[5:])["error"]["type"] == "server_error"
