@@ -97,7 +97,7 @@ def _settings(args: Namespace) -> Settings:
         host=args.host, port=whole("--port", args.port, 0, 65535), keys=tuple(keys),
         no_auth=args.no_auth, aliases=tuple(args.alias), queue=whole("--queue", args.queue, 0, 100_000),
         timeout=number("--timeout", args.timeout, 1, 1e9), ping=number("--sse-ping", args.sse_ping, 0.1, 3600),
-        origins=tuple(args.cors_origins), hosts=tuple(h.lower() for h in args.allowed_hosts),
+        origins=tuple(args.cors_origins), hosts=tuple(args.allowed_hosts),
         is_strict=args.strict, has_metrics=args.metrics, has_page=not args.no_page, has_grammar=not args.no_grammar,
         reasoning_budget=whole("--reasoning-budget", args.reasoning_budget, -1),
         prefixes=args.slot_save_path, prefix_bytes=args.slot_save_size or _SAVED_BYTES, pool_bytes=args.cache_ram,

@@ -41,7 +41,7 @@ class Settings:
     origins: tuple[str, ...] = ()
     """Origins of web pages whose scripts may send requests; "*" for all."""
     hosts: tuple[str, ...] = ()
-    """Further host names of the server, in lower case."""
+    """Further host names of the server; kept as `takes_host` compares them."""
     is_strict: bool = False
     """Whether fields that have no effect are refused."""
     has_metrics: bool = False
@@ -69,7 +69,8 @@ class Settings:
             )
         if self.keys and self.no_auth:
             raise ValueError("--no-auth: expected no key beside it")
-        for name in self.hosts:  # in the form in which `takes_host` compares them
+        object.__setattr__(self, "hosts", tuple(_one_form(name) for name in self.hosts))
+        for name in self.hosts:
             if not _NAME.fullmatch(name) and not is_address(name):
                 raise ValueError(
                     f"--allowed-hosts: expected a name or an address without a port, got {name!r:.80}"
@@ -90,10 +91,10 @@ class Settings:
         name = header.rsplit(":", 1)[0] if header.count(":") == 1 else header
         if header.startswith("["):
             name = header[1:].partition("]")[0]
-        name = name.lower()
+        name = _one_form(name)
         return (
             is_loopback(name)
-            or name == self.host.lower()
+            or name == _one_form(self.host)
             or name in self.hosts
             or self._is_own(name)
         )
@@ -123,6 +124,11 @@ def seconds(text: str) -> float:
     if text.strip().startswith("-"):
         return math.inf
     return float(match[1]) * _UNITS[match[2] or "s"]
+
+
+def _one_form(host: str) -> str:
+    """Returns a name or an address in the one form that all its spellings share."""
+    return str(ipaddress.ip_address(host)) if is_address(host) else host.lower()
 
 
 def is_address(host: str) -> bool:

@@ -148,6 +148,13 @@ def test_what_no_client_could_match_is_refused(more, said):
     Settings(origins=("*", "null", "http://box:3000", "chrome-extension://abc"))
 
 
+def test_a_host_is_the_same_in_every_spelling():
+    settings = Settings(hosts=("2001:DB8:0::A", "Box.LAN"), host="FE80:0::1", no_auth=True)
+    for header in ("[2001:db8::a]:80", "[2001:0DB8::A]", "box.lan", "BOX.lan:1", "[fe80::1]:8080"):
+        assert settings.takes_host(header)
+    assert not settings.takes_host("[2001:db8::b]:80")
+
+
 def test_a_body_is_not_taken_without_end(server):
     done = httpx.post(server.url + "/v1/chat/completions", content=b"x" * (17 << 20), timeout=30)
     assert done.status_code == 413
