@@ -210,7 +210,8 @@ MUTATIONS = (
     Mutation("sections", "the preamble does not wait for the sections", "edgemoe/file/append.py",
              "        os.fsync(fd)\n    except OSError:", "    except OSError:", SECTIONS),
     Mutation("sections", "what was added to a replaced file is lost silently", "edgemoe/file/append.py",
-             "        if not is_at(file, target):\n            raise _replaced(path)\n", "", SECTIONS),
+             "        if not is_at(file, target):\n"
+             '            raise _replaced(path, "the sections went to the old file, not to this one")\n', "", SECTIONS),
     # ------------------------------------------------------------ sampling
     Mutation("sampler", "top_k keeps one more", "edgemoe/text/sampler.py",
              '    return ids[np.argsort(-logits[ids], kind="stable")[:k]]',
