@@ -130,7 +130,7 @@ class Batcher:
         slot = self._slots[number]
         return self._errands.add(lambda: use(slot.state), when=lambda: slot.request is None)
 
-    def borrow(self, size: int) -> Future[None]:
+    def borrow(self, size: int) -> Future[int]:
         """Takes memory from the experts between two passes; see `Room.borrow`. May be called on any thread."""
         return self._errands.add(lambda: self._model.room.borrow(size), when=lambda: True)
 

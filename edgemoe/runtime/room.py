@@ -7,7 +7,6 @@ import time
 from weakref import WeakSet
 
 from edgemoe import _core, hardware
-from edgemoe.errors import OutOfBudget
 from edgemoe.model import Batch, SequenceState
 from edgemoe.runtime.budget import Budget
 from edgemoe.runtime.context import KV_STEP
@@ -112,23 +111,23 @@ class Room:
             self._is_lent = True
             self._resize(self._left(size))
 
-    def borrow(self, size: int) -> None:
+    def borrow(self, size: int) -> int:
         """Takes `size` bytes from the slots until `borrow(0)`, in place of what the last call took.
 
-        Raises:
-            OutOfBudget: the slots would be smaller than one expert; nothing has changed.
+        Returns:
+            How many bytes are missing, as one expert has to fit; if any are, nothing has changed.
         """
         if not self._is_measured or self._is_steady:
-            return
+            return 0
         left = self._budget.ram - self._base - self._counted()
         if size > self._borrowed and left - size < self._budget.expert:
-            spare = max(left - self._budget.expert, 0)
-            raise OutOfBudget(f"expected {-(-size >> 20)} MiB, got {spare >> 20} MiB")
+            return self._budget.expert + size - left
         self._borrowed = size
         if not size:  # what did not come back is measured before the next pass
             self._next_s = 0.0
         elif not self.is_resting:
             self._resize(self._left())
+        return 0
 
     def rest(self) -> None:
         """Gives the slots' memory back to the system, except for one expert; the next pass takes it again."""

@@ -5,12 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, TypeVar
 
 from edgemoe import hardware
-from edgemoe.errors import OutOfBudget
 from edgemoe.runtime.batching import Batcher
 from edgemoe.serve.problems import Problem
 
@@ -47,13 +46,12 @@ class Desk:
         Raises:
             Problem: there is not enough memory.
         """
-        with _refused():
-            self._held += size
-            try:
-                await asyncio.wrap_future(self._borrow())
-            except BaseException:
-                self.release(size)
-                raise
+        self._held += size
+        try:
+            _check(await asyncio.wrap_future(self._borrow()))
+        except BaseException:
+            self.release(size)
+            raise
 
     def release(self, size: int) -> None:
         """Gives back what `hold` has made room for."""
@@ -83,35 +81,31 @@ class Desk:
             Problem: there is not enough memory.
         """
         self._beside = max(size, self._beside)
-        with _refused():
-            self._borrow().result()
+        _check(self._borrow().result())
 
-    def _borrow(self) -> Future[None]:
-        """Borrows as much as is needed now."""
+    def _borrow(self) -> Future[int]:
+        """Borrows as much as is needed now; see `Room.borrow`."""
         with self._lock:
             size = max(self._held + self._decoded + self._beside - AT_HAND, 0)
             if size == self._borrowed:
-                done: Future[None] = Future()
-                done.set_result(None)
+                done: Future[int] = Future()
+                done.set_result(0)
                 return done
             self._borrowed = size
-            return self._batcher.borrow(size)
+            try:
+                return self._batcher.borrow(size)
+            except RuntimeError as error:
+                raise Problem(503, str(error)) from None
 
     def _give_back(self) -> None:
         if self._borrowed:
             hardware.trim()
-            with contextlib.suppress(RuntimeError):  # the engine has ended
+            with contextlib.suppress(Problem):  # the engine has ended
                 self._borrow()
 
 
-@contextlib.contextmanager
-def _refused() -> Iterator[None]:
-    """Turns errors of borrowing into a `Problem`."""
-    try:
-        yield
-    except OutOfBudget as error:
+def _check(missing: int) -> None:
+    if missing:
         raise Problem(
-            413, f"body: reading it takes more memory than --ram leaves; {error}"
-        ) from None
-    except RuntimeError as error:
-        raise Problem(503, str(error)) from None
+            413, f"body: reading it takes {-(-missing >> 20)} MiB more memory than --ram leaves"
+        )

@@ -10,7 +10,6 @@ import pytest
 
 import edgemoe
 from edgemoe import hardware
-from edgemoe.errors import OutOfBudget
 from edgemoe.model import Batch, SequenceState
 from edgemoe.runtime.budget import Budget
 from edgemoe.runtime.context import KV_STEP
@@ -208,7 +207,7 @@ def test_what_is_borrowed_comes_back_when_it_is_returned():
     state = sequence(r)
     run(r, state, 1)
     first = r.size
-    r.borrow(MIB)  # before the first reply too: what is lent then is less
+    assert r.borrow(MIB) == 0  # before the first reply too: what is lent then is less
     assert r.size == first - MIB
     r.borrow(0)
     for _ in range(5):
@@ -222,8 +221,7 @@ def test_what_is_borrowed_comes_back_when_it_is_returned():
         r._next_s = 0.0
         run(r, state, 1)
         assert r.size <= before - 8 * MIB + MIB  # however often it is measured
-    with pytest.raises(OutOfBudget, match="expected 1000 MiB, got"):
-        r.borrow(1000 * MIB)
+    assert 900 * MIB < r.borrow(1000 * MIB) < 1000 * MIB
     r.rest()
     r.borrow(9 * MIB)
     assert r.size == EXPERT
