@@ -300,7 +300,7 @@ def test_the_environment_gives_defaults(env: dict[str, str], tiny_moe: Path) -> 
             ("MODEL", "-c", "1", "-p", "Hi"),
             b"",
             1,
-            r"the conversation is too long for .* less than 1 tokens, got 21;",
+            r"the conversation is too long for .* less than 1 tokens, got 52 characters;",
         ),
     ],
 )
