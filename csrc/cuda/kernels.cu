@@ -36,13 +36,13 @@ dim3 groups_of(size_t n) { return dim3(unsigned((n + kRowThreads - 1) / kRowThre
 }  // namespace
 
 cudaError_t quantize_rows_async(const RowsCall& x, const QuantizedBuffer& out, cudaStream_t s) {
-  const dim3 size = grid(blocks(out.tiles * kScales, kRowThreads / 32), x.n);
+  const dim3 size = grid(x.n, blocks(out.tiles * kScales, kRowThreads / 32));
   return EDGEMOE_LAUNCH(size, dim3(kRowThreads), s, quantize_rows, x, out);
 }
 
 cudaError_t quantize_hidden_async(Activation kind, const float* gate, const float* up, int n, int cols,
                                   const QuantizedBuffer& out, float* hidden, cudaStream_t s) {
-  const dim3 size = grid(blocks(out.tiles * kScales, kRowThreads / 32), n), block(kRowThreads);
+  const dim3 size = grid(n, blocks(out.tiles * kScales, kRowThreads / 32)), block(kRowThreads);
   switch (kind) {
     case Activation::kSwiglu:
       return EDGEMOE_LAUNCH(size, block, s, quantize_hidden<Activation::kSwiglu>, gate, up, cols, out, hidden);

@@ -25,22 +25,23 @@ __device__ __forceinline__ void quantize_part(float v, int part, int8_t* codes, 
   if (lane == 0) scales[part] = poisoned ? __int_as_float(0x7fc00000) : is_zero ? 0.0f : highest / 127.0f;
 }
 
-/// Where a thread quantises: one value of a part of a row.
+/// Where a thread quantises: one value of a part of a row. Rows are on the grid's first axis: there is one for each
+/// token and head, which can be more than the 65535 of the other axes.
 struct QuantizeSeat {
   int part, column;
   size_t row;
 
   __device__ __forceinline__ QuantizeSeat()
-      : part(int(blockIdx.x) * (kRowThreads / 32) + int(threadIdx.x) / 32),
+      : part(int(blockIdx.y) * (kRowThreads / 32) + int(threadIdx.x) / 32),
         column(part * 32 + int(threadIdx.x & 31)),
-        row(blockIdx.y) {}
+        row(blockIdx.x) {}
   __device__ __forceinline__ void put(float v, const QuantizedBuffer& out) const {
     const size_t at = row * out.tiles;
     quantize_part(v, part, out.codes + at * kTileCols, out.scales + at * kScales, out.sums + at * kSums);
   }
 };
 
-/// Grid: (groups of 8 parts, rows).
+/// Grid: (rows, groups of 8 parts).
 __global__ void __launch_bounds__(kRowThreads) quantize_rows(RowsCall x, QuantizedBuffer out) {
   const QuantizeSeat seat;
   if (seat.part >= out.tiles * kScales) return;

@@ -167,6 +167,21 @@ def test_each_head_has_its_matrix(sides, T, with_ranks):
     same(there, out)
 
 
+def test_a_large_chunk_has_more_rows_of_heads_than_a_grid_has_on_most_axes():
+    """The largest chunk of a model of 128 heads: 65536 rows."""
+    T, heads, rows, cols = 512, 128, 16, 8
+    shape = T, 64 * heads, 64, 64, 16, heads
+    device = _core.Device(plug_in(), 0, ROOM)
+    cpu, ws = _core.Workspace(2, *shape), _core.DeviceWorkspace(device, *shape, 4 * T)
+    w, x = nested(heads * rows, cols), normal(T, heads * cols, seed=1)
+    out = np.empty((T, heads * rows), np.float32)
+    _core.linear_heads(cpu, x, w, heads, out)
+    dx, there = _core.DeviceArray(device, x.shape), _core.DeviceArray(device, out.shape)
+    dx.upload(x)
+    _core.device_linear_heads(ws, dx, _core.DeviceMatrix(device, w), heads, there)
+    same(there, out)
+
+
 @pytest.mark.parametrize("kind", ["sigmoid", "sigmoid_head", "softplus_head"])
 def test_gates_of_attention(sides, kind):
     x = normal(5, 6 * 20)
