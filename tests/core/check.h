@@ -7,6 +7,17 @@ namespace edgemoe {
 
 inline int failures = 0;
 
+/// Whether `body` throws an E.
+template <class E, class Body>
+bool throws(const Body& body) {
+  try {
+    body();
+  } catch (const E&) {
+    return true;
+  }
+  return false;
+}
+
 }  // namespace edgemoe
 
 #define CHECK(ok)                                                   \
