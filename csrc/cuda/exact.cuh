@@ -96,17 +96,15 @@ __device__ __forceinline__ bool any_poisoned(float v) { return __any_sync(kAllLa
 /// of e^(x - top).
 __device__ __forceinline__ void softmax(float* x, int n, float* top, float* sum) {
   const int lane = threadIdx.x & 31;
-  // In the CPU's order, which matters where a score is NaN: within each lane in turn, then over the lanes in turn.
+  // In the CPU's order, which matters where a score is NaN: within each lane in turn, then by halves.
   float most = x[0];
   if (lane < 16) {
     if (lane < n) most = x[lane];
     for (int i = lane + 16; i < (n + 15) / 16 * 16; i += 16) most = max_of(most, i < n ? x[i] : x[0]);
   }
-  float highest = __shfl_sync(kAllLanes, most, 0);
-  for (int i = 1; i < 16; ++i) {
-    const float other = __shfl_sync(kAllLanes, most, i);
-    highest = other > highest ? other : highest;
-  }
+  EDGEMOE_UNROLL
+  for (int d = 8; d > 0; d >>= 1) most = max_of(most, __shfl_down_sync(kAllLanes, most, d, 16));
+  const float highest = __shfl_sync(kAllLanes, most, 0);
   float acc = 0;
   if (lane < 16) {
     for (int i = lane; i < n; i += 16) {

@@ -90,7 +90,13 @@ struct Avx512 {
     if constexpr (D == 4) return _mm512_add_ps(own, _mm512_shuffle_f32x4(other, other, 0xb1));
     return _mm512_add_ps(own, _mm512_permute_ps(other, D == 2 ? 0x4e : 0xb1));
   }
-  static float reduce_max(F a) { return _mm512_reduce_max_ps(a); }
+  /// Not _mm512_reduce_max_ps: it is another tree, which matters where a lane is NaN.
+  static float reduce_max(F a) {
+    const __m256 eight = _mm256_max_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
+    const __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(two, _mm_shuffle_ps(two, two, 1)));
+  }
   static void load_scales(const uint8_t* p, float step, float first, F* scale, F* middle) {
     const F values = _mm512_setr_ps(4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56);
     const I bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));

@@ -142,11 +142,13 @@ struct Neon {
   static F fma(const F& a, const F& b, const F& c) {
     return map([&](int i) { return vfmaq_f32(c.v[i], a.v[i], b.v[i]); });
   }
+  // Not vmaxq and vminq: where either operand is NaN, every instruction set takes the second.
+  static float32x4_t higher(float32x4_t a, float32x4_t b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }
   static F max(const F& a, const F& b) {
-    return map([&](int i) { return vmaxq_f32(a.v[i], b.v[i]); });
+    return map([&](int i) { return higher(a.v[i], b.v[i]); });
   }
   static F min(const F& a, const F& b) {
-    return map([&](int i) { return vminq_f32(a.v[i], b.v[i]); });
+    return map([&](int i) { return vbslq_f32(vcltq_f32(a.v[i], b.v[i]), a.v[i], b.v[i]); });
   }
   static F abs(const F& a) {
     return map([&](int i) { return vabsq_f32(a.v[i]); });
@@ -190,7 +192,9 @@ struct Neon {
     }
   }
   static float reduce_max(const F& a) {
-    return vmaxvq_f32(vmaxq_f32(vmaxq_f32(a.v[0], a.v[1]), vmaxq_f32(a.v[2], a.v[3])));
+    const float32x4_t four = higher(higher(a.v[0], a.v[2]), higher(a.v[1], a.v[3]));
+    const float32x4_t two = higher(four, vextq_f32(four, four, 2));
+    return vgetq_lane_f32(higher(two, vextq_f32(two, two, 1)), 0);
   }
   static F bytes_to_float(uint8x16_t b) {
     const uint16x8_t low = vmovl_u8(vget_low_u8(b)), high = vmovl_u8(vget_high_u8(b));

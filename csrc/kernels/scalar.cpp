@@ -133,6 +133,7 @@ struct Scalar {
   static F fma(const F& a, const F& b, const F& c) {
     return map([&](int i) { return std::fma(a.v[i], b.v[i], c.v[i]); });
   }
+  /// Where either is NaN, this and `min` return b.
   static F max(const F& a, const F& b) {
     return map([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
   }
@@ -176,10 +177,14 @@ struct Scalar {
   static F fold(const F& a, const F& b) {
     return map([&](int i) { return i & D ? b.v[i] + b.v[i ^ D] : a.v[i] + a.v[i ^ D]; });
   }
+  /// By the tree of `reduce_add`, as the order matters where a lane is NaN.
   static float reduce_max(const F& a) {
-    float top = a.v[0];
-    for (int i = 1; i < 16; ++i) top = a.v[i] > top ? a.v[i] : top;
-    return top;
+    float t[16];
+    std::memcpy(t, a.v, 64);
+    for (int width = 8; width >= 1; width /= 2) {
+      for (int i = 0; i < width; ++i) t[i] = t[i] > t[i + width] ? t[i] : t[i + width];
+    }
+    return t[0];
   }
 
   static float half_to_float(uint16_t h) {

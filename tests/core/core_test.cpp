@@ -606,6 +606,92 @@ void test_instruction_sets_agree(const ExpertFile& file) {
   }
 }
 
+/// What the kernels make of n floats, one result after the other.
+std::vector<float> results_of(const Kernels& k, const std::vector<float>& x) {
+  const int n = int(x.size()), tiles = blocks(n, kTileCols), groups = blocks(n, kKvGroup);
+  const std::vector<float> other(x.rbegin(), x.rend());
+  std::vector<float> all, y = x;
+  const auto keep = [&](const auto& from) { all.insert(all.end(), from.begin(), from.end()); };
+  const auto next = [&] {
+    keep(y);
+    y = x;
+  };
+  next();
+  k.softmax(y.data(), n), next();
+  k.soft_cap(y.data(), 30.0f, n), next();
+  k.sigmoid(y.data(), n), next();
+  k.softplus(y.data(), other.data(), n), next();
+  k.softplus(y.data(), nullptr, n), next();
+  k.sigmoid_mul(other.data(), x.data(), n, y.data()), next();
+  k.decays(x.data(), other.data(), true, n, y.data()), next();
+  k.add_scaled(other.data(), 0.7f, n, y.data()), next();
+  k.rms_norm(x.data(), other.data(), 1e-5f, n, y.data()), next();
+  k.matmul_f32(other.data(), x.data(), 1, 1, n, 0, 1, y.data()), next();
+  for (const Activation kind :
+       {Activation::kSwiglu, Activation::kGeglu, Activation::kClampedSwiglu, Activation::kRelu2}) {
+    k.activate(kind, other.data(), x.data(), n, y.data()), next();
+  }
+  std::vector<uint16_t> halves(x.size());
+  k.to_f16(x.data(), n, halves.data());
+  k.from_f16(halves.data(), n, y.data()), next();
+  std::vector<int8_t> codes(size_t(tiles) * kTileCols);
+  std::vector<float> scales(size_t(tiles) * kScales), sums(size_t(tiles) * kSums);
+  k.quantize_row(x.data(), n, codes.data(), scales.data(), sums.data());
+  keep(codes), keep(scales), keep(sums);
+  std::vector<int32_t> whole(size_t(groups), 0);
+  k.quantize_head(x.data(), n, codes.data(), scales.data(), whole.data());
+  keep(codes), keep(scales), keep(whole);
+  for (int bits = 2; bits <= 4; ++bits) {
+    k.pack_head(x.data(), n, bits, codes.data(), scales.data());
+    keep(codes), keep(scales);
+  }
+  std::vector<float> z(kMaxRank), into(18), part(18);
+  for (size_t i = 0; i < z.size(); ++i) z[i] = x[i % x.size()];
+  const std::vector<uint16_t> u(kMaxRank, 0x3800);  // 0.5
+  RankRow row{};
+  k.quantize_ranks(u.data(), z.data(), &row);
+  all.insert(all.end(), row.codes, row.codes + kMaxRank);
+  keep(std::vector<float>{row.scale, row.sum});
+  for (size_t i = 0; i < into.size(); ++i) into[i] = x[i % x.size()], part[i] = other[i % x.size()];
+  k.merge_parts(into.data(), part.data(), 16);
+  keep(into);
+  return all;
+}
+
+/// NaN, infinities and zeros of either sign at every place. One NaN is like another: its sign and payload are the
+/// processor's.
+void test_instruction_sets_agree_on_what_is_no_number() {
+  std::mt19937 rng(23);
+  std::normal_distribution<float> normal;
+  const float odd[] = {NAN, INFINITY, -INFINITY, -0.0f, 0.0f, 3e38f, 1e-40f};
+  std::vector<std::vector<float>> inputs;
+  for (const size_t n : {size_t(1), size_t(7), size_t(16), size_t(21), size_t(40), size_t(70)}) {
+    for (size_t at = 0; at < n; ++at) {
+      for (const float first : odd) {
+        std::vector<float> x(n);
+        for (float& v : x) v = 3 * normal(rng);
+        x[at] = first;
+        inputs.push_back(x);
+        x[rng() % n] = odd[rng() % 7];
+        x[rng() % n] = odd[rng() % 7];
+        inputs.push_back(x);
+      }
+    }
+  }
+  std::vector<std::vector<float>> expected;
+  for (const std::string& name : instruction_sets()) {
+    use_isa(name.c_str());
+    for (size_t i = 0; i < inputs.size(); ++i) {
+      const std::vector<float> got = results_of(kernels(), inputs[i]);
+      if (name == "scalar") expected.push_back(got);
+      for (size_t j = 0; j < got.size(); ++j) {
+        const float a = got[j], b = expected[i][j];
+        CHECK((std::isnan(a) && std::isnan(b)) || std::memcmp(&a, &b, sizeof a) == 0);
+      }
+    }
+  }
+}
+
 /// Products and decoded rows of a matrix have the same bits for one token and many, by every instruction set.
 void check_agreement(const NestedMatrix& w, std::mt19937& rng) {
   std::normal_distribution<float> normal;
@@ -713,6 +799,7 @@ int main(int argc, char** argv) {
     test_rows_do_not_depend_on_their_batch(file);
   }
   test_instruction_sets_agree(file);
+  test_instruction_sets_agree_on_what_is_no_number();
   test_mwq_agrees();
   test_corrections_agree();
   std::printf("core_test (%s; CRC-32C by %s): %s\n", usable_isas(), crc32c_has_instruction() ? "instruction" : "table",

@@ -397,10 +397,7 @@ def test_what_no_cache_can_hold_is_said_as_the_cpu_says_it(both, types, gain):
 
 
 def test_scores_that_are_no_numbers_have_no_highest(both):
-    """Each score is 0, +1 or -1 times an infinite query, so that some are NaN.
-
-    The maximum is then the value that the first lane starts with.
-    """
+    """Each score is 0, +1 or -1 times an infinite query, so that some are NaN, and there is no highest score."""
     T = 16
     q, k, v = np.zeros((1, 16), np.float32), np.zeros((T, 16), np.float32), normal(T, 16)
     q[0, 5] = np.inf
@@ -417,6 +414,26 @@ def test_scores_that_are_no_numbers_have_no_highest(both):
         same(moved_out.numpy(), out)
     assert np.isfinite(out).all()
     assert np.abs(out - v.mean(axis=0)).max() < 1e-6  # all weigh alike
+
+
+@pytest.mark.parametrize("seed", [36, 43, 111, 120])  # the order matters for some tokens of each
+def test_of_scores_that_are_no_numbers_both_take_the_same_for_the_highest(both, isa, seed):
+    """It may be NaN or an infinity of either sign: the order in which lanes are compared decides."""
+    T = 21
+    rng = np.random.default_rng(seed)
+    q, k, v = np.zeros((T, 16), np.float32), np.zeros((T, 16), np.float32), normal(T, 16)
+    q[:, 5] = np.inf
+    k[:, 5] = rng.integers(-1, 2, T)  # times infinity; 0 gives NaN
+    kinds = {"key_type": "f32", "value_type": "f32", "num_heads": 1, "capacity": T, "head_dim": 16}
+    host, there = _core.KvLayer(**kinds), _core.DeviceKvLayer(device=both.device, **kinds)
+    none, out = np.empty((T, 0), np.float32), np.empty((T, 16), np.float32)
+    moved, moved_out, nothing = [both.put(a) for a in (q, k, v)], both.put(out), both.put(none)
+    layer = _core.DeviceAttention(**GIVEN)
+    _core.device_attention(both.ws, layer, *moved, 0, nothing, nothing, there, moved_out)
+    _core.attention(
+        both.cpu, _core.AttentionLayer(**GIVEN), q, k, v, 0, none, none, None, host, out
+    )
+    same(moved_out.numpy(), out)
 
 
 def misfits(gain):

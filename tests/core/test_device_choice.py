@@ -55,7 +55,9 @@ def logits_of(seed, weird=False):
 @pytest.mark.parametrize("weird", [False, True], ids=["finite", "no-numbers"])
 @pytest.mark.parametrize("biases", ["none", "logits", "choice", "both"])
 @pytest.mark.parametrize("rule", RULES, ids=str)
-def test_experts_and_gates_are_those_that_the_cpu_chooses(device, ws, cpu, rule, biases, weird):
+def test_experts_and_gates_are_those_that_the_cpu_chooses(
+    device, ws, cpu, isa, rule, biases, weird
+):
     made = _core.RouteRule(num_experts=E, top_k=K, **rule)
     assert _core.device_can_choose(made)
     rng = np.random.default_rng(3)
