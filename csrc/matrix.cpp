@@ -1,6 +1,7 @@
 #include "matrix.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <cstring>
 #include <numeric>
@@ -199,6 +200,9 @@ void read_f32(const File& file, uint64_t offset, size_t length, uint32_t crc, bo
     throw FormatError(file.path() + ": checksum of tensor " + name + text);
   }
   std::copy_n(reinterpret_cast<const float*>(memory.bytes()), length / sizeof(float), to);
+  if (!std::all_of(to, to + length / sizeof(float), [](float x) { return std::isfinite(x); })) {
+    throw FormatError(file.path() + ": tensor " + name + " has a value that is not finite");
+  }
 }
 
 }  // namespace edgemoe

@@ -101,7 +101,8 @@ std::unique_ptr<Nested> first_rungs(const Nested& matrix, int rungs);
 /// compute V x once, and read V once.
 void share_basis(Nested& matrix, const Nested& other);
 
-/// Reads `length` bytes of float32 to `to`. Throws like `nested_from_file`.
+/// Reads `length` bytes of float32 to `to`. Throws like `nested_from_file`, and FormatError, whatever `verify` is, for
+/// a value that is not finite: an expert whose router has one would not be chosen, and nothing would show it.
 void read_f32(const File& file, uint64_t offset, size_t length, uint32_t crc, bool verify, const std::string& name,
               float* to);
 

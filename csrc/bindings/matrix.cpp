@@ -158,7 +158,7 @@ void bind_stored_rows(py::module_& m) {
 
 void bind_floats(py::module_& m) {
   m.def("read_f32", &read_floats, py::arg("file").none(false), py::arg("offset"), py::arg("shape"), py::arg("crc"),
-        py::arg("verify"), py::arg("name"), "Reads a float32 tensor.");
+        py::arg("verify"), py::arg("name"), "Reads a float32 tensor, whose values must be finite.");
 }
 
 }  // namespace

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from edgemoe import _core
+from edgemoe.errors import FormatError
 from edgemoe.file.format import open_moe
 from edgemoe.plan import Plan
 from edgemoe.store import ExpertStore
@@ -140,6 +141,25 @@ def test_nothing_is_no_file_and_no_matrix(tiny_moe):
     ):
         with pytest.raises(TypeError):
             call()
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_floats_of_a_file_are_finite(tmp_path, verify):
+    """An expert whose router has such a value would not be chosen, and nothing would show it."""
+    values = np.zeros(2048, np.float32)
+    for bad in (np.nan, np.inf, -np.inf):
+        values[1500] = bad
+        (tmp_path / "floats").write_bytes(values.tobytes())
+        file = _core.File(str(tmp_path / "floats"))
+        crc = _core.crc32c(values)
+        with pytest.raises(FormatError, match="tensor router has a value that is not finite"):
+            _core.read_f32(file, 0, [4, 512], crc, verify, "router")
+    values[1500] = 1
+    (tmp_path / "floats").write_bytes(values.tobytes())
+    file = _core.File(str(tmp_path / "floats"))
+    assert np.array_equal(
+        _core.read_f32(file, 0, [2048], _core.crc32c(values), verify, "x"), values
+    )
 
 
 @pytest.mark.parametrize(
