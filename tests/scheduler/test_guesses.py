@@ -51,7 +51,7 @@ def test_a_path_is_followed_and_foreseen():
         if step % 3 == 0:
             odds = rng.normal(size=(2, E))
             rows.foresee(odds, step)
-            expected -= np.where(wait > 0, 4.0, 0)  # a round of two layers
+            expected -= np.where(wait > 0, 2 * 2.0, 0)  # two rounds of two layers
             best = likely(odds[0], K)
             expected[best] = -1.0 - step
             wait = np.where(np.isin(np.arange(E), best), PENALTY, 0)
