@@ -170,6 +170,10 @@ int DeviceSpace::end_noting() {
     throw;
   }
   free_left();
+  if (noted_posts_ > 1) {
+    device_->forget(noted);
+    throw std::logic_error("device: recorded work may post only once");
+  }
   posts_.resize(std::max(posts_.size(), size_t(noted) + 1));
   posts_[size_t(noted)] = noted_posts_;
   if (noted_posts_ > 1) throw std::logic_error("device: what is noted sends more than once");

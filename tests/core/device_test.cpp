@@ -11,6 +11,7 @@
 #include <memory>
 #include <mutex>
 #include <random>
+#include <stdexcept>
 #include <string>
 #include <thread>
 #include <vector>
@@ -88,6 +89,13 @@ class ThreadedDevice final : public IdleDevice {
   int end_noting() override {
     is_noting_ = false;
     return int(noted_.size()) - 1;
+  }
+  void forget(int noted) noexcept override { noted_[size_t(noted)].clear(); }
+  /// How much work is recorded.
+  size_t steps() const {
+    size_t n = 0;
+    for (const auto& work : noted_) n += work.size();
+    return n;
   }
   void repeat(int noted) override {
     for (const std::function<void()>& work : noted_[size_t(noted)]) push(kCompute, work);
@@ -200,6 +208,32 @@ void test_copies_and_the_mailbox(bool mailbox) {
   }
 }
 
+/// The mailbox holds one result, so work that sends two is refused as a whole, and nothing of it stays.
+void test_recorded_work_posts_once() {
+  auto threaded = std::make_unique<ThreadedDevice>();
+  const ThreadedDevice& device = *threaded;
+  const auto space = std::make_shared<DeviceSpace>(std::move(threaded), size_t(1) << 20);
+  const DeviceMemory there(space, 8);
+  const uint32_t here[] = {3, 4};
+  space->upload(there.as(), here, 8);
+  for (const bool twice : {true, false}) {
+    space->begin_noting();
+    CHECK(space->post({{nullptr, there.as(), 8}}));
+    if (twice) {
+      CHECK(space->post({{nullptr, there.as(), 8}}));
+      CHECK(throws<std::logic_error>([&] { space->end_noting(); }));
+      CHECK(device.steps() == 0);
+      continue;
+    }
+    const int noted = space->end_noting();
+    CHECK(device.steps() == 1);
+    uint32_t found[2] = {};
+    CHECK(space->repeat(noted));
+    space->collect({{found, nullptr, 8}});
+    CHECK(found[0] == 3 && found[1] == 4);
+  }
+}
+
 constexpr int kExperts = 24;
 
 /// A file of experts of one page each: expert e is page e, filled with e + 1.
@@ -282,6 +316,7 @@ void test_experts_of_both_tiers() {
 int main() {
   test_copies_and_the_mailbox(true);
   test_copies_and_the_mailbox(false);
+  test_recorded_work_posts_once();
   test_experts_of_both_tiers();
   if (!failures) std::puts("device_test: all passed");
   return failures ? 1 : 0;
