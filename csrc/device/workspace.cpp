@@ -238,6 +238,7 @@ void DeviceWorkspace::ffns(const float* x, int T, Activation activation, const s
     if ((use.w.gate.rows == 0) != (activation == Activation::kRelu2) || use.hidden) {
       throw std::invalid_argument("device ffn: the matrices do not fit the activation");
     }
+    if (use.hidden) throw std::invalid_argument("device ffn: the input of down is returned on the CPU only");
     for (int first = 0; first < use.count;) {
       const int n = std::min(use.count - first, Workspace::kFfnRows - filled);
       pieces.push_back({&use, first, n, filled});
