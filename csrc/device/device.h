@@ -217,6 +217,7 @@ struct Misfit {
   uint32_t magnitude;  ///< bits of a float
 
   static constexpr uint64_t kNone = ~uint64_t(0);
+  static constexpr int kMostLayers = 1 << 12, kMostRows = 1 << 19;  ///< that `code` has room for
   constexpr uint64_t code() const {
     return uint64_t(layer) << 52 | uint64_t(row) << 33 | uint64_t(is_value) << 32 | (0xffffffffu - magnitude);
   }

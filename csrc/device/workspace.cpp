@@ -294,7 +294,7 @@ void DeviceWorkspace::attention(float* q, float* k, float* v, int T, int pos, co
   }
   const float* out_bias = nullptr;  // left out of values in 8 bits and added to the result: weights sum to 1
   if (kv.value_type == KvType::kQ8 && !(p.clip > 0) && !p.v_norm) std::swap(heads.v.bias, out_bias);
-  note_types(p.layer, kv);
+  note_types(p.layer, T, kv);
   d.prepare_heads(heads, T);
   attend({q, kv, s, pos, out_bias, p.sinks, parts_.as<float>(), out}, T);
 }
@@ -330,7 +330,7 @@ void DeviceWorkspace::latent_attention(const float* q, float* absorbed, float* k
     throw std::invalid_argument("device attention: expected at most " + std::to_string(shape_.num_heads) +
                                 " heads of " + std::to_string(shape_.head_dim));
   }
-  note_types(p.layer, kv);
+  note_types(p.layer, T, kv);
   device().prepare_latents(
       {s, q, absorbed, keys, p.norm, p.norm_eps, p.cos, p.sin, grown(T, pos, 0, s.growth, s.grow_every), kv,
        is_noting_ ? 0 : pos, p.layer, misfit_.as<uint64_t>(), now()},
@@ -407,7 +407,9 @@ void DeviceWorkspace::chosen_ffn(const float* x, Activation activation, const Ch
   d.combine(parts, nullptr, c.gates, 1, c.count, c.cols, out);
 }
 
-void DeviceWorkspace::note_types(int layer, const KvLayer& kv) {
+void DeviceWorkspace::note_types(int layer, int T, const KvLayer& kv) {
+  expect_within("device attention layer", layer, 0, Misfit::kMostLayers - 1);
+  expect_within("device attention tokens", T, 0, Misfit::kMostRows);
   types_.resize(std::max(types_.size(), size_t(layer) + 1));
   types_[size_t(layer)] = {kv.key_type, kv.value_type};
 }

@@ -116,7 +116,9 @@ class DeviceWorkspace {
   /// Throws RangeError if `code` is of a key or value that did not fit.
   void look_at_misfit(uint64_t code);
   const int32_t* now() const { return is_noting_ ? reinterpret_cast<const int32_t*>(misfit_.as() + 8) : nullptr; }
-  void note_types(int layer, const KvLayer& kv);
+  /// Keeps a layer's types. Throws std::invalid_argument for a layer or a number of tokens that `Misfit` has no room
+  /// for.
+  void note_types(int layer, int T, const KvLayer& kv);
   std::vector<std::pair<KvType, KvType>> types_;  ///< of each layer's keys and values, for errors
 };
 

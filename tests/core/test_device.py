@@ -436,6 +436,17 @@ def test_of_scores_that_are_no_numbers_both_take_the_same_for_the_highest(both, 
     same(moved_out.numpy(), out)
 
 
+@pytest.mark.parametrize("index", [-1, 1 << 12])
+def test_a_layer_that_errors_cannot_name_is_refused(both, index):
+    layer = _core.DeviceAttention(**GIVEN | {"index": index})
+    kv = _core.DeviceKvLayer(
+        device=both.device, key_type="f32", value_type="f32", num_heads=1, capacity=3, head_dim=16
+    )
+    x, none = both.put(np.zeros((3, 16), np.float32)), both.put(np.empty((3, 0), np.float32))
+    with pytest.raises(ValueError, match=f"layer: expected 0 to 4095, got {index}"):
+        _core.device_attention(both.ws, layer, x, x, x, 0, none, none, kv, x)
+
+
 def misfits(gain):
     rng = np.random.default_rng(1)
     arrays = [rng.standard_normal((3, w)).astype(np.float32) for w in (16, 16, 16)]
