@@ -76,8 +76,8 @@ void bind_rope(py::module_& m) {
            }),
            py::arg("frequencies").noconvert(), py::arg("scale"))
       .def("keep", &Rope::keep, py::arg("positions"),
-           "Keeps the cosines and sines of the first positions, as keys without their biases need it.")
-      .def_static("bytes", &Rope::bytes, py::arg("half"), py::arg("kept"), "What keeping so many positions takes.")
+           "Keeps the cosines and sines of so many first positions, which keys stored without their biases need.")
+      .def_static("bytes", &Rope::bytes, py::arg("half"), py::arg("kept"), "Bytes that the kept positions take.")
       .def(
           "angles",
           [](Rope& rope, int pos, Array<float> cos, Array<float> sin) {
@@ -150,12 +150,12 @@ void bind_layer(py::module_& m) {
            py::arg("chunk") = 0, py::arg("growth") = 0.0f, py::arg("grow_every") = 0)
       .def_property_readonly(
           "num_constants", [](const AttentionLayer& a) { return a.constants.pairs.size(); },
-          "Pairs of columns of which keys in 8 bits leave the bias out; only with k and input_norm.");
+          "How many pairs of columns are stored without their biases in keys of 8 bits; 0 without k and input_norm.");
 }
 
 void bind_kv(py::module_& m) {
   py::class_<Kv, Held<Kv>>(
-      m, "KvLayer", "Keys and values of one layer, each of a type of the KV cache; memory is taken as it is touched.")
+      m, "KvLayer", "Keys and values of one layer, each of a type of the KV cache. Memory is taken as it is touched.")
       .def(py::init(&kv_of), py::kw_only(), py::arg("key_type"), py::arg("value_type"), py::arg("num_heads"),
            py::arg("capacity"), py::arg("head_dim"), py::arg("resident") = false)
       .def(
@@ -167,7 +167,8 @@ void bind_kv(py::module_& m) {
             copy_positions(from.layer, kv.layer, kv.num_heads, begin, end,
                            [](void* to, const void* p, size_t n) { std::memcpy(to, p, n); });
           },
-          py::arg("source"), py::arg("begin"), py::arg("end"), "Copies positions of another layer to the same ones.")
+          py::arg("source"), py::arg("begin"), py::arg("end"),
+          "Copies positions of another layer to the same positions of this one.")
       .def_static(
           "bytes",
           [](const std::string& type, int num_heads, int capacity, int head_dim) {
@@ -176,21 +177,21 @@ void bind_kv(py::module_& m) {
           py::arg("type"), py::arg("num_heads"), py::arg("capacity"), py::arg("head_dim"),
           "Bytes of the keys or the values of one layer.")
       .def_static("ring", &ring_capacity, py::arg("window"), py::arg("tokens"),
-                  "The capacity of a layer that keeps a window only, for passes of at most so many tokens.")
+                  "The capacity that a layer needs to keep only a window, in passes of at most `tokens` tokens.")
       .def_static(
           "latents",
           [](const std::string& type, int capacity, int head_dim, int value_dim) {
             return Held<Kv>(make_latents(kv_type(type), capacity, head_dim, value_dim).release());
           },
           py::kw_only(), py::arg("type"), py::arg("capacity"), py::arg("head_dim"), py::arg("value_dim"),
-          "Keys of one head, whose leading columns are the values too.")
+          "A layer with one key per position, whose leading columns are its value too.")
       .def_property_readonly(
           "content",
           [](const py::object& self) {
             auto& kv = self.cast<Kv&>();
             return py::array_t<uint8_t>(py::ssize_t(kv.bytes), kv.memory.bytes(), self);
           },
-          "uint8 view of the keys and then the values, as kernels.h says; what is written there is what they are.");
+          "uint8 view of the keys and then the values, in the layout of kernels.h. Writing to it changes them.");
 }
 
 void bind_attending(py::module_& m) {
@@ -205,7 +206,7 @@ void bind_attending(py::module_& m) {
       },
       py::arg("ws"), py::arg("layer"), py::arg("q").noconvert(), py::arg("k").noconvert(), py::arg("v").noconvert(),
       py::arg("pos"), py::arg("cos").noconvert(), py::arg("sin").noconvert(), py::arg("rope"), py::arg("kv"),
-      py::arg("out").noconvert(), "Stores k and v at pos, attends causally; q, k and v are changed.");
+      py::arg("out").noconvert(), "Stores k and v at pos, and attends causally. q, k and v are changed.");
 
   m.def(
       "attend",
@@ -238,7 +239,7 @@ void bind_attending(py::module_& m) {
       py::arg("ws"), py::arg("layer"), py::arg("x").noconvert(), py::arg("qkv"), py::arg("o"), py::arg("q").noconvert(),
       py::arg("k").noconvert(), py::arg("v").noconvert(), py::arg("pos"), py::arg("cos").noconvert(),
       py::arg("sin").noconvert(), py::arg("rope"), py::arg("kv"), py::arg("heads").noconvert(),
-      py::arg("out").noconvert(), "`linear` to q, k and v, `attention` to heads, and `linear` with o, in one call.");
+      py::arg("out").noconvert(), "In one call: `linear` to q, k and v, `attention` to heads, and `linear` with o.");
 }
 
 }  // namespace

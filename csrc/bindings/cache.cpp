@@ -120,7 +120,7 @@ void bind_making(Class& cache) {
                                          Policy("lfu", shape.num_layers, shape.num_experts)));
           },
           py::arg("device").none(false), py::arg("host"), py::arg("budget_bytes"), py::keep_alive<0, 2>(),
-          "A cache of the same experts in a device's memory, which takes what it fetches from `host`.")
+          "A cache of the same experts in a device's memory, which is filled from `host`.")
       .def(
           "set_policy",
           [](Cache& c, const py::object& policy) {
@@ -140,15 +140,15 @@ void bind_figures(Class& cache) {
             for (int bits = 0; bits <= 8; ++bits) levels.mutable_data()[bits] = c.level_of_bits(bits);
             return levels;
           },
-          "int8 [9]: the level of each precision; 0 for one that is none.")
-      .def_property_readonly("taken_slots", &Cache::taken_slots, "Slots that an expert has, or is being read to.")
+          "int8 [9]: the level that has 0, 1, … 8 bits; 0 where none has.")
+      .def_property_readonly("taken_slots", &Cache::taken_slots, "How many slots hold an expert or are read into.")
       .def_property_readonly(
           "content",
           [](const py::object& self) {
             const Cache& cache = self.cast<const Cache&>();
             return lend(cache.slots(), cache.slots_bytes(), self);
           },
-          "uint8 view of all slots, for tests: reading it makes it resident.")
+          "uint8 view of all slots, for tests. Reading it touches all of its pages.")
       .def(
           "read_rate",
           [](const Cache& c, int threads) {
@@ -170,7 +170,7 @@ void bind_figures(Class& cache) {
           "uint32 [n], a live view: how many tokens each expert ran since the start.")
       .def_property_readonly(
           "lacks", [](const py::object& self) { return counts(self.cast<Cache&>().lacks(), self); },
-          "uint32 [n], a live view: how often each expert was wanted while it was not there, since the start.")
+          "uint32 [n], a live view: how often each expert was wanted but not in memory, since the start.")
       .def_property(
           "uses",
           [](const Cache& c) {
@@ -181,10 +181,10 @@ void bind_figures(Class& cache) {
             expect(uses, "uses", {c.num_experts()});
             c.set_uses({uses.data(), uses.data() + uses.size()});
           },
-          "How much each expert was used, float64 [n]; one use of now counts 1, one of 64 tokens ago half.")
+          "float64 [n]: how much each expert was used. A use counts 1, and half as much after every 64 tokens.")
       .def_property_readonly(
           "progress", [](const Cache& c) { return py::make_tuple(c.loader_stats().bytes, double(c.stats().wait_s)); },
-          "Bytes read and seconds waited since the start: what a trace asks for after every layer.")
+          "(bytes read, seconds waited for reads) since the start; a trace asks for it after every layer.")
       .def_property_readonly("stats", [](const Cache& c) {
         const CacheStats s = c.stats();
         const LoaderStats l = c.loader_stats();

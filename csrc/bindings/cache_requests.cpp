@@ -87,8 +87,8 @@ void bind_cache_requests(const py::object& cache_class) {
       .def("ask", &ask, py::arg("layer"), py::arg("experts").noconvert(), py::arg("bits").noconvert(),
            py::arg("offsets").noconvert(), py::arg("num_tokens"), py::arg("ahead").noconvert() = py::none(),
            py::arg("ahead_bits").noconvert() = py::none(),
-           "Begins what a plan wants, in place of what may be open; returns its experts as the file numbers them, and "
-           "their levels.")
+           "Begins a request for what a plan wants; a request that is open is closed. Returns the plan's experts by "
+           "their numbers in the file, and their levels.")
       .def("next",
            [](Cache& c) {
              std::vector<int> group;
@@ -106,11 +106,12 @@ void bind_cache_requests(const py::object& cache_class) {
             c.count({experts.data(), levels.data(), int(experts.size())});
           },
           py::arg("experts").noconvert(), py::arg("levels").noconvert(),
-          "Counts uses that nothing was asked for: one token's of experts that were here, layer after layer.")
+          "Counts one token's uses of experts, layer after layer, that ran without a request.")
       .def("close", &Cache::close, py::call_guard<py::gil_scoped_release>())
       .def("shrink", &Cache::shrink, py::arg("expert"), py::arg("level"))
       .def("keep", &Cache::keep, py::arg("level"),
-           "What has to go is lowered to this level first, and goes as a whole only when all has no more than that.")
+           "Where room is needed, experts are lowered to this level first. An expert is dropped as a whole only when "
+           "none has more than that.")
       .def("set_budget", &Cache::set_budget, py::arg("bytes"), py::call_guard<py::gil_scoped_release>());
 }
 

@@ -91,8 +91,8 @@ void bind_chosen_ffn(py::module_& m) {
       py::arg("gates").noconvert(), py::arg("levels").noconvert(), py::arg("parts").noconvert(),
       py::arg("out").noconvert(), py::arg("activation"), py::arg("biases"), py::arg("basis").noconvert(),
       py::arg("beside") = py::none(), py::arg("beside_out").noconvert() = py::none(),
-      "What `run_experts` does for experts chosen [1, K] of a layer and x [1, D], without a request: all are there at "
-      "`levels`, of all experts. Their uses are counted.");
+      "Does what `run_experts` does, without a request, for x [1, D] and the experts chosen [1, K] of a layer. These "
+      "must be in memory at their `levels`, an array over all experts. Their uses are counted.");
 }
 
 }  // namespace edgemoe

@@ -152,9 +152,9 @@ Held<DeviceKv> device_kv_of(const std::shared_ptr<DeviceSpace>& space, const std
 }
 
 void bind_space(py::module_& m) {
-  m.def("probe_device", &probed, py::arg("path"), "What a plug-in for devices says of itself and of the machine.");
+  m.def("probe_device", &probed, py::arg("path"), "What a plug-in for devices reports about itself and the machine.");
 
-  py::class_<DeviceSpace, std::shared_ptr<DeviceSpace>>(m, "Device", "An open device, and what may be taken of it.")
+  py::class_<DeviceSpace, std::shared_ptr<DeviceSpace>>(m, "Device", "An open device, with a memory budget.")
       .def(py::init([](const std::string& path, int ordinal, size_t budget_bytes) {
              py::gil_scoped_release release;
              return std::shared_ptr<DeviceSpace>(new DeviceSpace(open_device(path, ordinal), budget_bytes),
@@ -163,7 +163,7 @@ void bind_space(py::module_& m) {
            py::arg("path"), py::arg("ordinal"), py::arg("budget_bytes"))
       .def_property_readonly("info", &info_of)
       .def_property_readonly("stats", &stats_of)
-      .def_property_readonly("is_lost", &is_lost, "Whether it answers everything with an error.")
+      .def_property_readonly("is_lost", &is_lost, "Whether the device has failed, so that every call is an error.")
       .def(
           "measure",
           [](DeviceSpace& space, size_t bytes) {
@@ -174,20 +174,21 @@ void bind_space(py::module_& m) {
             }
             return py::make_tuple(rates.link, rates.memory);
           },
-          py::arg("bytes"), "Bytes per second of copies over the link, and of reads and writes of its own memory.")
+          py::arg("bytes"),
+          "(link, memory): bytes per second of copies to the device, and of reads and writes within its memory.")
       .def("use_mailbox", &DeviceSpace::use_mailbox, py::arg("yes"),
-           "Whether what is small comes through memory that both see; what comes is the same.")
-      .def("limit", &DeviceSpace::limit, py::arg("budget_bytes"), "Changes what may be taken from now on.")
-      .def_static("taken", &DeviceSpace::taken, py::arg("bytes"), "What an allocation of so many bytes takes.");
+           "Whether small results come through memory that both host and device see. Results are the same.")
+      .def("limit", &DeviceSpace::limit, py::arg("budget_bytes"), "Changes the budget; what is taken already stays.")
+      .def_static("taken", &DeviceSpace::taken, py::arg("bytes"), "Bytes of the budget that an allocation takes.");
 
   py::class_<DeviceStream, Held<DeviceStream>>(m, "DeviceStream", "Two places for experts that pass through a device.")
       .def(py::init([](const std::shared_ptr<DeviceSpace>& device, size_t window) {
              return Held<DeviceStream>(new DeviceStream(device, window));
            }),
            py::arg("device").none(false), py::arg("window"))
-      .def_static("bytes", &DeviceStream::bytes, py::arg("window"), "What it takes of a device.")
+      .def_static("bytes", &DeviceStream::bytes, py::arg("window"), "Bytes of device memory that it takes.")
       .def("measure", &DeviceStream::measure, py::call_guard<py::gil_scoped_release>(),
-           "Bytes per second that it copies.")
+           "Measures how many bytes per second it copies.")
       .def_property_readonly("bytes_in", &DeviceStream::bytes_in);
 }
 
@@ -198,7 +199,7 @@ void bind_arrays(py::module_& m) {
       .def_property_readonly("nbytes", [](const DeviceArray& a) { return a.size() * sizeof(float); })
       .def("__len__", [](const DeviceArray& a) { return a.shape[0]; })
       .def("__getitem__", &rows_of, py::arg("rows"))
-      .def("item", &item_of, py::arg("index"), "What lies at an index of the first axis.")
+      .def("item", &item_of, py::arg("index"), "A view of what lies at an index of the first axis.")
       .def(
           "upload",
           [](const DeviceArray& a, const Array<float>& from) {
@@ -210,7 +211,7 @@ void bind_arrays(py::module_& m) {
             a.memory->space().upload(a.data, p, a.size() * sizeof(float));
           },
           py::arg("array").noconvert())
-      .def("numpy", &copied, "A copy; waits for what was queued before.");
+      .def("numpy", &copied, "Returns a copy; waits for what was queued before.");
 
   py::class_<DeviceMatrix, Held<DeviceMatrix>>(m, "DeviceMatrix", "A matrix [rows, cols] in a device's memory.")
       .def(py::init(&matrix_of), py::arg("device").none(false), py::arg("matrix"))
@@ -235,7 +236,8 @@ void bind_device_kv(py::module_& m) {
             copy_positions(from.layer, kv.layer, kv.num_heads, begin, end,
                            [&](void* to, const void* p, size_t n) { device.copy(to, p, n); });
           },
-          py::arg("source"), py::arg("begin"), py::arg("end"), "Copies positions of another layer to the same ones.")
+          py::arg("source"), py::arg("begin"), py::arg("end"),
+          "Copies positions of another layer to the same positions of this one.")
       .def_property_readonly("content", [](const DeviceKv& kv) {
         py::array_t<uint8_t> out(py::ssize_t(kv.memory.size()));
         kv.memory.space().download({{out.mutable_data(), kv.memory.as(), kv.memory.size()}});

@@ -203,7 +203,8 @@ void chosen_ffn_on(DeviceWorkspace& ws, const DeviceArray& x, const DeviceTable&
 }  // namespace
 
 void bind_device_experts(py::module_& m) {
-  py::class_<DeviceTable, Held<DeviceTable>>(m, "DeviceTable", "Where a layer's experts lie, for kernels that choose.")
+  py::class_<DeviceTable, Held<DeviceTable>>(m, "DeviceTable",
+                                             "Where a layer's experts lie, for kernels that choose them.")
       .def(
           py::init([](const std::shared_ptr<DeviceSpace>& device, const Cache& cache) {
             const ExpertShape& s = cache.shape();
@@ -213,9 +214,9 @@ void bind_device_experts(py::module_& m) {
           py::arg("device").none(false), py::arg("cache"))
       .def_static(
           "bytes", [](int num_experts) { return DeviceSpace::taken(size_t(num_experts) * 3 * sizeof(NestedMatrix)); },
-          py::arg("num_experts"), "What a table takes of a device.")
+          py::arg("num_experts"), "Bytes of device memory that a table takes.")
       .def("fill", &fill_table, py::arg("cache"), py::arg("layer"), py::arg("levels").noconvert(),
-           "Takes the experts of a layer, all of which are there.");
+           "Fills the table with the experts of a layer, all of which must be in the cache.");
 
   m.def("device_expert_ffn", &expert_ffn_on, py::arg("ws"), py::arg("x"), py::arg("cache"),
         py::arg("experts").noconvert(), py::arg("levels").noconvert(), py::arg("offsets").noconvert(),

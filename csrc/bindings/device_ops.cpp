@@ -152,25 +152,27 @@ void bind_workspace(py::module_& m) {
           },
           py::arg("max_rows"), py::arg("max_cols"), py::arg("max_hidden"), py::arg("max_context"), py::arg("head_dim"),
           py::arg("num_heads"), py::arg("max_routed"), py::arg("corrected") = false,
-          "What such a workspace takes of a device.")
-      .def("place", &DeviceWorkspace::place, py::arg("pos"), "Where the token is with which work is repeated.")
-      .def("begin_noting", &DeviceWorkspace::begin_noting, "From now on work is noted instead of run.")
-      .def("end_noting", &DeviceWorkspace::end_noting, "Returns the number of what was noted.")
+          "Bytes of device memory that such a workspace takes.")
+      .def("place", &DeviceWorkspace::place, py::arg("pos"),
+           "Sets the position of the token for which work is recorded or repeated.")
+      .def("begin_noting", &DeviceWorkspace::begin_noting, "From now on, work is recorded instead of run.")
+      .def("end_noting", &DeviceWorkspace::end_noting, "Ends the recording; returns its number.")
       .def(
           "repeat", [](DeviceWorkspace& ws, int noted) { return ws.space().repeat(noted); }, py::arg("noted"),
-          "Queues what was noted, and returns whether it posts something.")
+          "Queues recorded work; returns whether it posts something.")
       .def(
           "forget", [](DeviceWorkspace& ws, int noted) { ws.space().forget(noted); }, py::arg("noted"),
-          "Frees what was noted.");
+          "Frees a recording.");
 }
 
 void bind_copies(py::module_& m) {
   m.def("device_download", &download, py::arg("ws"), py::arg("arrays"), py::arg("outs").noconvert(),
-        "Waits for all that was queued; throws RangeError for what attention could not store.");
+        "Waits for all queued work and copies arrays to the host. Throws RangeError if attention could not store a key "
+        "or value.");
   m.def("device_post", &post, py::arg("ws"), py::arg("arrays"),
-        "Queues that arrays are sent to the host; False, and nothing is queued, where they do not fit the mailbox.");
+        "Queues the sending of arrays to the host. Returns False, and queues nothing, if they do not fit the mailbox.");
   m.def("device_collect", &collect, py::arg("ws"), py::arg("outs").noconvert(),
-        "Waits for what was posted; throws as device_download.");
+        "Waits for what was posted and copies it to outs; throws like device_download.");
 }
 
 void bind_device_rows(py::module_& m) {

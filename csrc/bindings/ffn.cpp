@@ -104,7 +104,7 @@ void bind_dense_ffn(py::module_& m) {
       },
       py::arg("ws"), py::arg("x").noconvert(), py::arg("gate"), py::arg("up"), py::arg("down"),
       py::arg("out").noconvert(), py::arg("hidden") = py::none(), py::arg("activation") = "swiglu",
-      "out [T, D] = down(activation(gate x, up x)); hidden [T, H], if given, gets what down is applied to.");
+      "out [T, D] = down(activation(gate x, up x)). hidden [T, H], if given, gets the input of down.");
 }
 
 void bind_expert_ffn(py::module_& m) {
@@ -119,8 +119,8 @@ void bind_expert_ffn(py::module_& m) {
         expect_experts(ws, cache, first, experts.data(), int(experts.size()), beside);
       },
       py::arg("ws"), py::arg("cache"), py::arg("first"), py::arg("experts").noconvert(), py::arg("beside") = 0,
-      "Experts first + experts[i] will probably be run next, and with them an FFN of `beside` hidden values: threads "
-      "that wait read the first of them. A hint, no more.");
+      "A hint: experts first + experts[i] will probably run next, and beside them an FFN of `beside` hidden values. "
+      "Threads that wait prefetch the first of them.");
 
   m.def(
       "expert_ffn",
@@ -137,11 +137,10 @@ void bind_expert_ffn(py::module_& m) {
       py::arg("levels").noconvert(), py::arg("offsets").noconvert(), py::arg("tokens").noconvert(), py::arg("group"),
       py::arg("parts").noconvert(), py::arg("hidden") = py::none(), py::arg("activation") = "swiglu",
       py::arg("biases") = py::none(), py::arg("basis").noconvert() = py::none(), py::arg("projected") = py::none(),
-      "Runs the experts at positions `group` of a plan on their tokens; part rows are those of `offsets`, as are those "
-      "of hidden [m, H], which gets what each w_down is applied to. biases: of all experts of the layer, gates' [E, "
-      "H], "
-      "ups' [E, H] and downs' [E, D]. basis: V [rank, padded columns] of gates and ups where they have corrections; "
-      "projected: what `project` makes of x with it, if that was done before.");
+      "Runs the experts at positions `group` of a plan on their tokens, and writes the rows of parts that `offsets` "
+      "gives them. hidden [m, H], if given, gets the input of each w_down in the same rows. biases: of gates [E, H], "
+      "ups [E, H] and downs [E, D], of all experts of the layer. basis: V [rank, padded columns] of gates and ups that "
+      "have corrections. projected: the result of `project` for x and this V, if it was computed before.");
 }
 
 void bind_run_experts(py::module_& m) {
@@ -181,8 +180,9 @@ void bind_run_experts(py::module_& m) {
       py::arg("rows").noconvert(), py::arg("gates").noconvert(), py::arg("parts").noconvert(),
       py::arg("out").noconvert(), py::arg("activation"), py::arg("biases"), py::arg("basis").noconvert(),
       py::arg("projected"), py::arg("beside") = py::none(), py::arg("beside_out").noconvert() = py::none(),
-      "`expert_ffn` for each group of the open request as it arrives, and `combine`; the request is closed. beside: "
-      "the matrices of an FFN on all of x with the same activation, whose result beside_out [T, D] gets.");
+      "Runs `expert_ffn` for each group of the open request as it arrives, then `combine`, and closes the request. "
+      "beside: the matrices of an FFN with the same activation, which runs on all of x. Its result is written to "
+      "beside_out [T, D].");
 }
 
 }  // namespace

@@ -181,7 +181,7 @@ void bind_records(py::module_& m) {
         decay_uses(uses.mutable_data(), int(uses.size()), experts, int(chosen.size()), left);
       },
       py::arg("uses").noconvert(), py::arg("chosen").noconvert(), py::arg("left"),
-      "One token has run `chosen`: uses per token before it count `left` of what they did.");
+      "Updates uses per token after a token that ran `chosen`: uses = left * uses + (1 - left) * chosen.");
   m.def(
       "renew_records",
       [](Array<double>& records, Array<double>& last, const Array<int32_t>& chosen, const Array<int8_t>& bits,
@@ -197,7 +197,7 @@ void bind_records(py::module_& m) {
       },
       py::arg("records").noconvert(), py::arg("last").noconvert(), py::arg("chosen").noconvert(),
       py::arg("bits").noconvert(), py::arg("worth").noconvert(), py::arg("now"),
-      "Moves HOBBIT's records of a layer on by one token.");
+      "Updates HOBBIT's records of a layer after a token.");
 }
 
 void bind_odds(py::module_& m) {
@@ -210,7 +210,8 @@ void bind_odds(py::module_& m) {
         kernels().moments(odds.data(), int(odds.size()), round, now + round, scores.mutable_data());
       },
       py::arg("scores").noconvert(), py::arg("odds").noconvert(), py::arg("now"), py::arg("round"),
-      "Scores a layer's experts by when they run again, by the odds against that whenever the layer runs.");
+      "scores = minus the moments at which a layer's experts are expected to run again: now + (1 + odds) * round, with "
+      "the odds against their use.");
   m.def(
       "mix_odds",
       [](const Array<double>& habit, const Array<float>& text, const Array<double>& weights, Array<double>& out) {
@@ -222,7 +223,7 @@ void bind_odds(py::module_& m) {
         kernels().mix_odds(habit.data(), text.data(), int(habit.size()), weights.data(), out.mutable_data());
       },
       py::arg("habit").noconvert(), py::arg("text").noconvert(), py::arg("weights").noconvert(),
-      py::arg("out").noconvert(), "Weighs odds by habit and by the text, of any shape, all in logarithms.");
+      py::arg("out").noconvert(), "out = weights [3] times one, habit and text: odds in logarithms, of any shape.");
   m.def(
       "likeliest",
       [](const Array<float>& scores, const Array<int8_t>& has, const Array<int8_t>& wanted, int most) {
@@ -236,35 +237,36 @@ void bind_odds(py::module_& m) {
         return Array<int32_t>(py::ssize_t(found.size()), found.data());
       },
       py::arg("scores").noconvert(), py::arg("has").noconvert(), py::arg("wanted").noconvert(), py::arg("most"),
-      "The experts of the highest scores above 0 that have less than they are wanted at, highest first.");
+      "At most `most` experts: those with the highest scores above 0, highest first, of all whose level `has` is below "
+      "`wanted`.");
 }
 
 void bind_paths(py::module_& m) {
-  py::class_<LivePathRows>(m, "PathRows", "What ExpertFlow predicts, layer by layer; see csrc/guesses.h.")
+  py::class_<LivePathRows>(m, "PathRows", "What ExpertFlow predicts for all layers; see csrc/guesses.h.")
       .def(py::init<Array<double>, Array<double>, Array<int32_t>, Array<uint32_t>, double>(), py::kw_only(),
            py::arg("scores").noconvert(), py::arg("late").noconvert(), py::arg("paths").noconvert(),
            py::arg("version").noconvert(), py::arg("penalty"),
-           "Arrays [layers, experts] twice, [layers, k] of the experts of each layer's path, and [layers], which is "
-           "counted up where scores change; they are written in place. `late` is 0 at first.")
+           "scores and late [layers, experts], paths [layers, k] and version [layers] are written in place. paths has "
+           "the predicted experts of each layer, version is incremented with every change of a layer's scores, and "
+           "late must be 0 at first.")
       .def("follow", &LivePathRows::follow, py::arg("layer"), py::arg("chosen").noconvert(),
            py::arg("odds").noconvert(), py::arg("now"), py::arg("stop"), py::arg("has").noconvert(), py::arg("level"),
-           "A layer has run `chosen` [T, k], of which the last row counts: predicts what it runs next, and scores its "
-           "experts "
-           "by when they run. Returns how many of `chosen` had been predicted; and what is predicted of the layers "
-           "after it before `stop` and has less than a level, as "
-           "layer * experts + expert.")
+           "Updates a layer's predictions and scores after it ran `chosen` [T, k], of which the last row counts. "
+           "Returns how many of these had been predicted, and the predicted experts of the layers from the next one to "
+           "`stop` (exclusive) that are below `level`, as layer * experts + expert.")
       .def("foresee", &LivePathRows::foresee, py::arg("odds").noconvert(), py::arg("now"),
-           "Predicts what all layers run for the token that is next.");
-  py::class_<LivePaths>(m, "PathTable", "What followed what; see csrc/guesses.h.")
+           "Predicts again for all layers, once the next token is known.");
+  py::class_<LivePaths>(m, "PathTable", "Counts of which expert followed which; see csrc/guesses.h.")
       .def(py::init<Array<float>, std::optional<Array<float>>, Array<float>, Array<float>>(), py::kw_only(),
            py::arg("pairs").noconvert(), py::arg("far").noconvert(), py::arg("totals").noconvert(),
            py::arg("uses").noconvert(),
-           "Arrays [layers, experts, experts], the same or None, [layers, experts] twice; they are written in place.")
+           "pairs [layers, experts, experts], far of the same shape or None, totals and uses [layers, experts]; they "
+           "are written in place.")
       .def("count", &LivePaths::count, py::arg("path").noconvert(), "Counts a token's path [layers, k].")
       .def("follow", &LivePaths::follow, py::arg("layer"), py::arg("last").noconvert(), py::arg("before").noconvert(),
            py::arg("out").noconvert(),
-           "Scores a layer's experts by what ran in the layer before and, if given, in the one before that; says "
-           "whether any is not 0.");
+           "Scores a layer's experts by what ran in the layer before and, if given, in the one before that. Returns "
+           "whether any score is not 0.");
 }
 
 void bind_precision_rule(py::module_& m) {
@@ -292,7 +294,7 @@ void bind_precision_rule(py::module_& m) {
             return bits;
           },
           py::arg("gates").noconvert(), py::arg("experts").noconvert(), py::arg("has").noconvert(),
-          "The bits of a token's best experts; `has` are the levels of all in memory.")
+          "The bits of a token's best experts. `has`: the level of each expert of the layer.")
       .def(
           "ahead",
           [](const PrecisionRule& rule, const std::optional<Array<float>>& gates, const Array<int32_t>& experts,
@@ -313,8 +315,8 @@ void bind_precision_rule(py::module_& m) {
                                   Array<int8_t>(py::ssize_t(kept), bits.data()), is_missing);
           },
           py::arg("gates").noconvert(), py::arg("experts").noconvert(), py::arg("has").noconvert(), py::arg("first"),
-          "Experts that are not skipped, as first + expert, their bits, and whether any lacks some of them; without "
-          "gates all at the high ones.");
+          "Returns the experts that are not skipped, as first + expert, their bits, and whether any has fewer in "
+          "memory. Without gates, all get the high bits.");
 }
 
 }  // namespace

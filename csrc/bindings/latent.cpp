@@ -89,9 +89,9 @@ void bind_layer_of_latents(py::module_& m) {
       py::arg("ws"), py::arg("layer"), py::arg("x").noconvert(), py::arg("projections"), py::arg("q_norm"),
       py::arg("eps"), py::arg("rows").noconvert(), py::arg("pos"), py::arg("cos"), py::arg("sin"), py::arg("kv"),
       py::arg("out").noconvert(),
-      "`linear` with kv_a and q_a, a norm and q_b if there is one, `linear_heads` with k_b, `latent_attention`, "
-      "`linear_heads` with v_b and `linear` with out, in one call; rows: scratch for what q_a, q_b, k_b, kv_a, "
-      "attention and v_b give.");
+      "In one call: `linear` with kv_a and q_a, a norm and q_b if there is one, `linear_heads` with k_b, "
+      "`latent_attention`, `linear_heads` with v_b and `linear` with out. rows: scratch for the results of q_a, q_b, "
+      "k_b, kv_a, attention and v_b.");
 }
 
 }  // namespace
@@ -139,8 +139,8 @@ void bind_latent(py::module_& m) {
       py::arg("ws"), py::arg("layer"), py::arg("q").noconvert(), py::arg("absorbed").noconvert(),
       py::arg("keys").noconvert(), py::arg("pos"), py::arg("cos"), py::arg("sin"), py::arg("kv"),
       py::arg("out").noconvert(),
-      "Norms and rotates keys, stores them at pos and attends causally with absorbed queries, which get the rotated "
-      "parts of q; keys and absorbed are changed.");
+      "Norms and rotates keys, stores them at pos, writes the rotated parts of q to the absorbed queries, and attends "
+      "causally with these. keys and absorbed are changed.");
   bind_layer_of_latents(m);
 }
 

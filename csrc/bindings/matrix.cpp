@@ -85,12 +85,11 @@ void bind_file(py::module_& m) {
 
 void bind_nested(py::module_& m) {
   py::class_<Nested, Held<Nested>>(m, "Nested", "A resident nested matrix [rows, cols].")
-      .def_static(
-          "from_rungs", &from_rungs, py::arg("rungs").noconvert(), py::arg("rows"), py::arg("cols"), py::arg("widths"),
-          py::arg("scheme") = "nested", py::arg("row_scales") = std::vector<uint8_t>{1},
-          py::arg("ranks") = std::vector<uint8_t>{}, py::arg("basis").noconvert() = py::none(),
-          "Copies rungs as `quantize` returns them. ranks: of their corrections; basis: V [rank, cols padded to "
-          "64] int8, where it is not at the end of the first rung.")
+      .def_static("from_rungs", &from_rungs, py::arg("rungs").noconvert(), py::arg("rows"), py::arg("cols"),
+                  py::arg("widths"), py::arg("scheme") = "nested", py::arg("row_scales") = std::vector<uint8_t>{1},
+                  py::arg("ranks") = std::vector<uint8_t>{}, py::arg("basis").noconvert() = py::none(),
+                  "Copies rungs as `quantize` returns them. ranks: of their corrections. basis: V [rank, padded cols] "
+                  "int8, unless it is at the end of the first rung.")
       .def_static("from_file", &from_file, py::arg("arena").none(false), py::arg("file").none(false), py::arg("offset"),
                   py::arg("lengths"), py::arg("crcs"), py::arg("rows"), py::arg("cols"), py::arg("widths"),
                   py::arg("verify"), py::arg("name"), py::arg("scheme") = "nested",
@@ -100,13 +99,13 @@ void bind_nested(py::module_& m) {
       .def_property_readonly("cols", [](const Nested& n) { return n.matrix.cols; })
       .def_property_readonly("bits", [](const Nested& n) { return bits_of(n.matrix); })
       .def_property_readonly(
-          "rank", [](const Nested& n) { return rank_of(n.matrix); }, "Of its correction, 0 for none.")
+          "rank", [](const Nested& n) { return rank_of(n.matrix); }, "The rank of its correction; 0 for none.")
       .def_readonly("bytes", &Nested::bytes)
       .def(
           "first", [](const Nested& n, int rungs) { return Held<Nested>(first_rungs(n, rungs).release()); },
           py::arg("rungs"), "Its first rungs as a matrix, in the same memory.")
       .def("share_basis", &share_basis, py::arg("other"),
-           "Uses the other's V from now on if it is the same and lies in the same arena.")
+           "From now on uses the other matrix's V, if that is equal and lies in the same arena.")
       .def(
           "decode_rows",
           [](const Nested& n, const Array<int32_t>& ids, Array<float> out, float scale) {
@@ -126,12 +125,12 @@ void bind_nested(py::module_& m) {
 void bind_stored_rows(py::module_& m) {
   py::class_<StoredRows, Held<StoredRows>>(
       m, "StoredRows",
-      "Rows of a tensor at all its rungs, of which those that are not resident are read when asked for.")
+      "Rows of a tensor at its highest level. Rungs that are not resident are read when a row is asked for.")
       .def(py::init(&stored_rows), py::arg("file").none(false), py::arg("offset"), py::arg("lengths"), py::arg("crcs"),
            py::arg("rows"), py::arg("cols"), py::arg("widths"), py::arg("resident"), py::arg("verify"), py::arg("name"),
            py::arg("scheme") = "nested", py::arg("row_scales") = std::vector<uint8_t>{1},
            py::arg("ranks") = std::vector<uint8_t>{},
-           "resident: the tensor's first rungs, None for none. With verify all others are gone through once.")
+           "resident: the tensor's first rungs, or None. With verify, all other rungs are checked once.")
       .def_static(
           "bytes_for",
           [](int rows, int cols, const std::vector<uint8_t>& widths, int resident, const std::string& scheme,
@@ -140,7 +139,7 @@ void bind_stored_rows(py::module_& m) {
           },
           py::arg("rows"), py::arg("cols"), py::arg("widths"), py::arg("resident"), py::arg("scheme") = "nested",
           py::arg("row_scales") = std::vector<uint8_t>{1}, py::arg("ranks") = std::vector<uint8_t>{},
-          "The memory that one takes beside its resident rungs, of which there are `resident`.")
+          "Bytes that a StoredRows takes beside its resident rungs, of which there are `resident`.")
       .def_property_readonly("rows", &StoredRows::rows)
       .def_property_readonly("cols", &StoredRows::cols)
       .def_property_readonly("bytes", &StoredRows::bytes)

@@ -46,8 +46,8 @@ void bind_convolution(py::module_& m) {
       },
       py::arg("ws"), py::arg("x").noconvert(), py::arg("weight").noconvert(), py::arg("bias"), py::arg("before"),
       py::arg("tail").noconvert(), py::arg("silu"), py::arg("out").noconvert(),
-      "out [T, C]: a causal convolution over time of each channel; before [taps - 1, C], None for zeros, is what came "
-      "before, and tail becomes what comes before the next. They may be the same; out may be x.");
+      "out [T, C]: a causal convolution of each channel over time. before [taps - 1, C] has the inputs before x, None "
+      "for zeros, and tail gets those before the next call's. They may be the same; out may be x.");
 }
 
 void bind_delta_rule(py::module_& m) {
@@ -84,10 +84,9 @@ void bind_delta_rule(py::module_& m) {
       py::arg("ws"), py::arg("qkv").noconvert(), py::arg("decay").noconvert(), py::arg("beta").noconvert(),
       py::arg("rate").noconvert(), py::arg("bias").noconvert(), py::arg("key_heads"), py::arg("bounded"),
       py::arg("before"), py::arg("state").noconvert(), py::arg("out").noconvert(),
-      "out [T, Hv * dv] of the gated delta rule on qkv [T, 2 * Hk * dk + Hv * dv] (all q, all k, all v), which is "
-      "changed, as are decay [T, Hv] or [T, Hv * dk] and beta [T, Hv]. before [Hv, dk, dv], None for zeros, is the "
-      "state "
-      "before the tokens, and state becomes that after them; they may be the same.");
+      "out [T, Hv * dv]: the gated delta rule on qkv [T, 2 * Hk * dk + Hv * dv] (all q, all k, all v). qkv, decay [T, "
+      "Hv] or [T, Hv * dk] and beta [T, Hv] are changed. before [Hv, dk, dv] is the state before the tokens, None for "
+      "zeros, and state gets that after them. They may be the same.");
 }
 
 void bind_mamba2(py::module_& m) {
@@ -120,9 +119,9 @@ void bind_mamba2(py::module_& m) {
       py::arg("ws"), py::arg("xbc").noconvert(), py::arg("step").noconvert(), py::arg("decay").noconvert(),
       py::arg("rate").noconvert(), py::arg("step_bias").noconvert(), py::arg("skip").noconvert(), py::arg("groups"),
       py::arg("before"), py::arg("state").noconvert(), py::arg("out").noconvert(),
-      "out [T, H * P] of Mamba-2 on xbc [T, H * P + 2 * groups * N]; step [T, H] is changed, decay [T, H] is scratch. "
-      "before [H, N, P], None for zeros, is the state before the tokens, and state becomes that after them; they may "
-      "be the same.");
+      "out [T, H * P]: Mamba-2 on xbc [T, H * P + 2 * groups * N]. step [T, H] is changed, decay [T, H] is scratch. "
+      "before [H, N, P] is the state before the tokens, None for zeros, and state gets that after them. They may be "
+      "the same.");
 }
 
 void bind_gates(py::module_& m) {
@@ -143,7 +142,7 @@ void bind_gates(py::module_& m) {
       },
       py::arg("ws"), py::arg("x").noconvert(), py::arg("gate").noconvert(), py::arg("weight").noconvert(),
       py::arg("eps"), py::arg("groups"), py::arg("kind"),
-      "x [T, C], in place: RMS norm of each group beside a gate [T, C]: norm(x) * silu(gate) (\"silu\"), norm(x) * "
+      "x [T, C], in place: RMS norm of each group with a gate [T, C]: norm(x) * silu(gate) (\"silu\"), norm(x) * "
       "sigmoid(gate) (\"sigmoid\") or norm(x * silu(gate)) (\"silu_first\"). weight [C] or [C / groups].");
 
   m.def(

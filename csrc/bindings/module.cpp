@@ -65,10 +65,12 @@ PYBIND11_MODULE(_core, m) {
         return crc32c(static_cast<const uint8_t*>(info.ptr), size_t(info.size * info.itemsize), crc);
       },
       py::arg("data"), py::arg("crc") = 0, "CRC-32C of a contiguous buffer, continuing from `crc`.");
-  m.def("compiler", &compiler, "What built this module.");
+  m.def("compiler", &compiler, "The compiler that built this module.");
   m.def("isa", [] { return std::string(kernels().name); }, "The instruction set in use.");
-  m.def("system_page", &system_page, "Unit in which the system gives memory, at least 4096.");
-  m.def("usable_isas", [] { return std::string(usable_isas()); }, "What this CPU can run, best first, by spaces.");
+  m.def("system_page", &system_page, "The unit in which the system gives memory, at least 4096 bytes.");
+  m.def(
+      "usable_isas", [] { return std::string(usable_isas()); },
+      "The instruction sets that this CPU can run, best first, joined by spaces.");
   m.def("use_isa", [](const std::string& name) { use_isa(name.c_str()); }, py::arg("name"));
 
   bind_matrix(m);
@@ -87,7 +89,7 @@ PYBIND11_MODULE(_core, m) {
         return disk_rate(file, offsets, length, num_readers);
       },
       py::arg("file").none(false), py::arg("offsets"), py::arg("length"), py::arg("num_readers"),
-      "Bytes per second of reads of `length` at `offsets`, several at a time; both multiples of 4096.");
+      "Bytes per second of reads of `length` bytes at `offsets`, several at once; all multiples of 4096.");
 
   bind_device(m);  // before the cache, whose signatures name its classes
   bind_cache(m);

@@ -214,7 +214,8 @@ void bind_sums(py::module_& m) {
         run(ws, [=, &ws] { add_rows(ws, a, scale, w, in, T, cols, o); });
       },
       py::arg("ws"), py::arg("x").noconvert(), py::arg("scale"), py::arg("gate_weight"), py::arg("gate_input"),
-      py::arg("out").noconvert(), "out += scale * sigmoid(gate_weight · gate_input) * x; no sigmoid when None.");
+      py::arg("out").noconvert(),
+      "out += scale * sigmoid(gate_weight · gate_input) * x, without the sigmoid if these are None.");
 }
 
 }  // namespace
@@ -234,19 +235,19 @@ void bind_ops(py::module_& m) {
             return Workspace::bytes(threads, {max_rows, max_cols, max_hidden, max_context, head_dim, num_heads});
           },
           py::arg("threads"), py::arg("max_rows"), py::arg("max_cols"), py::arg("max_hidden"), py::arg("max_context"),
-          py::arg("head_dim"), py::arg("num_heads") = 1, "What such a workspace takes once all of it was used.")
+          py::arg("head_dim"), py::arg("num_heads") = 1, "Bytes that such a workspace takes.")
       .def(
           "place", [](Workspace& ws, int pos) { ws.notes.pos = pos; }, py::arg("pos"),
-          "Where the token is with which work is repeated.")
-      .def("begin_noting", &Workspace::begin_noting, "From now on work is noted instead of run.")
-      .def("end_noting", &Workspace::end_noting, "Returns the number of what was noted.")
+          "Sets the position of the token for which work is recorded or repeated.")
+      .def("begin_noting", &Workspace::begin_noting, "From now on, work is recorded instead of run.")
+      .def("end_noting", &Workspace::end_noting, "Ends the recording; returns its number.")
       .def(
           "repeat", [](const Workspace& ws, int noted) { ws.notes.repeat(noted); }, py::arg("noted"),
-          py::call_guard<py::gil_scoped_release>(), "Runs what was noted.")
+          py::call_guard<py::gil_scoped_release>(), "Runs recorded work.")
       .def(
-          "forget", [](Workspace& ws, int noted) { ws.notes.forget(noted); }, py::arg("noted"), "Drops what was noted.")
+          "forget", [](Workspace& ws, int noted) { ws.notes.forget(noted); }, py::arg("noted"), "Frees a recording.")
       .def_property_readonly(
-          "noted", [](const Workspace& ws) { return ws.notes.size(); }, "Steps of all that was noted.");
+          "noted", [](const Workspace& ws) { return ws.notes.size(); }, "How many steps all recordings have.");
 
   bind_products(m);
   bind_rows(m);

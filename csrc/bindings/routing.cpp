@@ -43,7 +43,7 @@ RouteRule route_rule(int num_experts, int top_k, const std::string& scoring, boo
 }
 
 void bind_choices(py::module_& m) {
-  py::class_<RouteRule>(m, "RouteRule", "How a router's logits become a choice; see dense.h.")
+  py::class_<RouteRule>(m, "RouteRule", "How a router's logits become a choice; see route_rule.h.")
       .def(py::init(&route_rule), py::kw_only(), py::arg("num_experts"), py::arg("top_k"), py::arg("scoring"),
            py::arg("renormalise"), py::arg("gate_scale") = 1.0f, py::arg("groups") = 1, py::arg("used_groups") = 1,
            py::arg("group_by_two") = false)

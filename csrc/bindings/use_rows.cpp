@@ -106,23 +106,22 @@ class LiveRows {
 }  // namespace
 
 void bind_use_rows(py::module_& m) {
-  py::class_<LiveRows>(m, "UseRows", "Rows of features of the experts of all layers; see csrc/use_rows.h.")
+  py::class_<LiveRows>(m, "UseRows", "Features of the experts of all layers, in rows; see csrc/use_rows.h.")
       .def(py::init<Array<double>, Array<double>, Array<double>, Array<double>, Array<double>, double, double>(),
            py::kw_only(), py::arg("raw").noconvert(), py::arg("now").noconvert(), py::arg("before").noconvert(),
            py::arg("odds").noconvert(), py::arg("weights").noconvert(), py::arg("left"), py::arg("share"),
-           "Arrays [layers, 2, experts], [layers, 5, experts] twice, and [experts], which are written in place; and "
-           "weights [5], which are read.")
+           "raw [layers, 2, experts], now and before [layers, 5, experts] and odds [experts] are written in place; "
+           "weights [5] are read.")
       .def("mix", &LiveRows::mix, py::kw_only(), py::arg("habit").noconvert(), py::arg("text").noconvert(),
            py::arg("weights").noconvert(),
-           "From now on odds are weights [3] times one, those by the rows, which `habit` [layers, experts] gets, and "
-           "`text` [layers, experts], all in logarithms.")
+           "From now on, odds are weights [3] times one, the odds by the rows, which are written to habit [layers, "
+           "experts], and text [layers, experts]; all in logarithms.")
       .def("token", &LiveRows::token, py::arg("layer"), py::arg("chosen").noconvert(), py::arg("scores").noconvert(),
            py::arg("keep"),
-           "One token has passed a layer, which chose [1, k] by its scores [1, experts]: keeps its rows, if asked, "
-           "moves "
-           "them on, and writes the odds against use, of which those above e^20 are all the same.")
+           "Updates a layer's rows after a token, for which it chose experts [1, k] by scores [1, experts], and writes "
+           "the odds against use, at most e^20. With keep, `now` is copied to `before` first.")
       .def("weigh", &LiveRows::weigh, py::arg("layer"), py::arg("chosen").noconvert(), py::arg("against").noconvert(),
-           py::arg("keep"), "The same after `raw` was written; `chosen` and `against` are [k].");
+           py::arg("keep"), "The same after the caller wrote `raw`; chosen and against are [k].");
 }
 
 }  // namespace edgemoe
