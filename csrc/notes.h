@@ -22,7 +22,7 @@ class Notes {
 
   /// From now on steps are added instead of run.
   void begin() {
-    if (is_open_) throw std::logic_error("notes: work is noted already");
+    if (is_open_) throw std::logic_error("notes: work is being recorded already");
     is_open_ = true;
     steps_.clear();
   }
@@ -41,7 +41,8 @@ class Notes {
 
   void repeat(int number) const {
     const auto found = kept_.find(number);
-    if (is_open_ || found == kept_.end()) throw std::invalid_argument("notes: there is no such work");
+    if (is_open_ || found == kept_.end())
+      throw std::invalid_argument("notes: expected the number of a finished recording");
     for (const auto& step : found->second) step();
   }
 

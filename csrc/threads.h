@@ -56,7 +56,7 @@ class ThreadPool {
   /// places. `body` must not throw.
   template <class Body>
   void run(int count, int grain, const Body& body) {
-    if (refuses_) throw std::logic_error("threads: work runs while it should be noted");
+    if (refuses_) throw std::logic_error("threads: this work cannot be recorded");
     if (count <= 0) return;
     if (workers_.empty() || count <= grain) return body(0, count);
     start(count, grain, [](const void* b, int begin, int end) { (*static_cast<const Body*>(b))(begin, end); }, &body);

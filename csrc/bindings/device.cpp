@@ -121,7 +121,7 @@ Held<DeviceMatrix> matrix_of(const std::shared_ptr<DeviceSpace>& space, const Ne
 /// Throws std::invalid_argument for a type that devices do not support.
 KvType known_type(const std::string& name) {
   const KvType type = kv_type(name);
-  if (kv_packed_bits(type)) throw std::invalid_argument("device KV cache: " + name + " is the CPU's");
+  if (kv_packed_bits(type)) throw std::invalid_argument("device KV cache: " + name + " is supported on the CPU only");
   return type;
 }
 

@@ -33,8 +33,8 @@ BackendProbe probe_backend(const std::string& path) noexcept {
   try {
     function_of<ProbeBackend>(path, kProbeName)(&out);
     if (out.abi != kBackendAbi) {
-      refuse("plug-in " + path + " is of abi " + std::to_string(out.abi) + ", and " + std::to_string(kBackendAbi) +
-             " is needed: build both together");
+      refuse("plug-in " + path + " has version " + std::to_string(out.abi) + " of the interface, and version " +
+             std::to_string(kBackendAbi) + " is needed: build the plug-in and edgemoe from the same source");
     }
   } catch (const std::exception& e) {
     refuse(e.what());

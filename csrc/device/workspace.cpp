@@ -49,7 +49,7 @@ std::vector<size_t> sizes(const WorkspaceShape& s, int max_routed, bool correcte
 /// Throws std::invalid_argument for a matrix that devices have no kernels for.
 void check_known(const NestedMatrix& w) {
   if (w.scheme != Scheme::kNested && w.scheme != Scheme::kMwq) {
-    throw std::invalid_argument("device: matrices of this scheme are the CPU's");
+    throw std::invalid_argument("device: matrices of this scheme are supported on the CPU only");
   }
 }
 
@@ -235,7 +235,7 @@ void DeviceWorkspace::ffns(const float* x, int T, Activation activation, const s
   };
   for (const FfnUse& use : uses) {
     for (const NestedMatrix* w : {&use.w.gate, &use.w.up, &use.w.down}) check_known(*w);
-    if ((use.w.gate.rows == 0) != (activation == Activation::kRelu2) || use.hidden) {
+    if ((use.w.gate.rows == 0) != (activation == Activation::kRelu2)) {
       throw std::invalid_argument("device ffn: the matrices do not fit the activation");
     }
     if (use.hidden) throw std::invalid_argument("device ffn: the input of down is returned on the CPU only");
@@ -266,7 +266,7 @@ void DeviceWorkspace::attention(float* q, float* k, float* v, int T, int pos, co
                                 " heads of " + std::to_string(shape_.head_dim));
   }
   if (!kv.values || (p.constants && !p.constants->pairs.empty())) {
-    throw std::invalid_argument("device attention: keys that lack their biases are the CPU's");
+    throw std::invalid_argument("device attention: keys stored without their biases are supported on the CPU only");
   }
   Device& d = device();
   const int q_cols = s.num_heads * s.head_dim, kv_cols = s.num_kv_heads * s.head_dim;

@@ -112,9 +112,9 @@ def test_what_was_noted_is_repeated_with_what_lies_there_then(device, ws, seed):
 def test_while_work_is_noted_nothing_is_copied_or_taken(device, ws):
     x = put(device, np.zeros((1, 128)))
     ws.begin_noting()
-    with pytest.raises(RuntimeError, match="while work is noted"):
+    with pytest.raises(RuntimeError, match="while work is recorded"):
         x.upload(np.zeros((1, 128), np.float32))
-    with pytest.raises(RuntimeError, match="while work is noted"):
+    with pytest.raises(RuntimeError, match="while work is recorded"):
         _core.DeviceArray(device, (4,))
     used = device.stats["used_bytes"]
     del x  # as Python's garbage collector may at any time

@@ -286,7 +286,7 @@ def test_what_computes_is_not_lost_while_work_is_noted():
     x, out = np.ones((2, 64), np.float32), np.zeros((2, 64), np.float32)
     rows, gates = np.zeros((2, 1), np.int32), np.ones((2, 1), np.float32)
     ws.begin_noting()
-    with pytest.raises(RuntimeError, match="should be noted"):
+    with pytest.raises(RuntimeError, match="cannot be recorded"):
         _core.combine(ws, x, rows, gates, out)  # is never part of recorded work
     _core.add_rows(ws, x, 2.0, None, None, out)
     note = ws.end_noting()
@@ -295,5 +295,5 @@ def test_what_computes_is_not_lost_while_work_is_noted():
         ws.repeat(note)
         np.testing.assert_array_equal(out, times)
     ws.forget(note)
-    with pytest.raises(ValueError, match="there is no such work"):
+    with pytest.raises(ValueError, match="expected the number of a finished recording"):
         ws.repeat(note)
