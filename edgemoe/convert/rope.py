@@ -291,15 +291,20 @@ def _longrope(request: _Request, rounded: Callable[[Array], NDArray[np.float32]]
 
 
 def _llama3(request: _Request) -> tuple[Array, float]:
-    """Divides low frequencies, keeps high ones, and blends between two wavelengths (Llama 3.1)."""
+    """Divides low frequencies, keeps high ones, and blends between two wavelengths (Llama 3.1).
+
+    Llama-4-Scout has one wavelength for both, and so no blend.
+    """
     parameters = request.parameters
     factor = parameters.positive("factor")
     low, high = parameters.positive("low_freq_factor"), parameters.positive("high_freq_factor")
-    if low >= high:
-        raise parameters.error("low_freq_factor", f"must be below high_freq_factor {high}: {low}")
+    if low > high:
+        raise parameters.error("low_freq_factor", f"must be at most high_freq_factor {high}: {low}")
     plain = request.plain()
     turns = request.original_length * plain / (2 * math.pi)
-    kept = np.clip((turns - low) / (high - low), 0, 1)
+    kept = (
+        np.clip((turns - low) / (high - low), 0, 1) if low < high else (turns >= low).astype(float)
+    )
     return (1 - kept) * plain / factor + kept * plain, 1.0
 
 

@@ -94,7 +94,13 @@ PUBLISHED = {
     ),
     "Mistral-Small-4-119B": Published({"model_type": "mistral4"}, 119.0, 13.5, 60.8, 0, 36 * 2 * 320),
     "Llama-4-Scout": Published(
-        {"model_type": "llama4_text"}, 107.8, 67.5, 50.6, 0, 48 * 4096
+        {
+            "model_type": "llama4_text", "rope_parameters": {
+                "rope_type": "llama3", "rope_theta": 5e5, "factor": 16.0, "low_freq_factor": 1.0,
+                "high_freq_factor": 1.0, "original_max_position_embeddings": 8192,
+            },
+        },
+        107.8, 67.5, 50.6, 0, 48 * 4096
     ),
     "Phi-3.5-MoE": Published(
         {

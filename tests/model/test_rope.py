@@ -64,6 +64,7 @@ def compute(parameters: dict, *, context_length: int = 4096, **top):
         {**_LONG, "original_max_position_embeddings": 1024, "attention_factor": 1.5},
         {**_LONG, "original_max_position_embeddings": 4096},
         {**_LLAMA3, "original_max_position_embeddings": 1024},
+        {**_LLAMA3, "high_freq_factor": 1.0, "original_max_position_embeddings": 1024},  # Scout's
     ],
     ids=lambda p: "-".join(
         f"{k}={v}" if k != "rope_type" else v
@@ -214,7 +215,7 @@ def test_original_length_beside_the_parameters_wins() -> None:
         ({"rope_type": "linear", "factor": 1e-320}, "rope_type: linear gives frequencies that are"),
         ({"rope_type": "yarn", "factor": 10**400}, "factor: expected a finite number"),
         ({"rope_type": "yarn", "original_max_position_embeddings": 10**400}, "whole number from 2"),
-        ({**_LLAMA3, "low_freq_factor": 4.0}, "low_freq_factor: must be below"),
+        ({**_LLAMA3, "low_freq_factor": 4.1}, "low_freq_factor: must be at most"),
         ({**_LLAMA3, "low_freq_factor": None}, "low_freq_factor: is missing"),
         ({"rope_type": "yarn", "original_max_position_embeddings": 1}, "whole number from 2"),
     ],
