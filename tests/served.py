@@ -114,5 +114,5 @@ def _row(bits, change, **more):
     return {
         "bits": bits, "dense_bits": 8, "scheduler": "on-demand", "options": {}, "cache_types": ["f16", "f16"],
         "kl": None if change is None else 0.1, "loss_change": change, "loss_error": 0.001, "same_top": 0.9,
-        "slots_bytes": 0, "read_per_token": None, "sections": None, **more,
+        "slots_bytes": 0, "read_per_token": None, "sections": None, "chunks": 30, **more,
     }  # fmt: skip

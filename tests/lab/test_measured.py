@@ -26,7 +26,7 @@ def row(bits, loss, error=0.0, *, dense=8, scheduler="on-demand", read=None, slo
     return {
         "scheduler": scheduler, "options": options, "bits": bits, "dense_bits": dense,
         "cache_types": ["f16", "f16"], "kl": loss, "loss_change": loss, "loss_error": error,
-        "read_per_token": read, "slots_bytes": slots, "sections": None,
+        "read_per_token": read, "slots_bytes": slots, "sections": None, "chunks": 30,
     }  # fmt: skip
 
 
@@ -61,6 +61,16 @@ def test_the_fewest_bits_that_are_surely_good_enough(tiny_moe, max_loss, expecte
         assert names(found) == expected
     if expected is None:
         assert found.nearest["bits"] == 6
+
+
+def test_errors_of_an_earlier_version_are_thought_larger(tiny_moe) -> None:
+    """They took the tokens of a chunk as independent."""
+    old = [{name: value for name, value in r.items() if name != "chunks"} for r in LEVELS]
+    for rows, expected in ((LEVELS, 4), (old, 6)):
+        found = choose(
+            open_moe(tiny_moe), rows, max_loss=0.012, cache_types=("f16", "f16"), slots=lambda _: 0
+        )
+        assert found.row["bits"] == expected
 
 
 def test_rows_that_do_not_apply_are_left_out(tiny_moe, tmp_path) -> None:

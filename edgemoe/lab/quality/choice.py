@@ -33,6 +33,7 @@ __all__ = [
     "applies",
     "choose",
     "find",
+    "has_chunks",
     "is_plain",
     "merged",
     "plain_rows",
@@ -49,6 +50,9 @@ _SURE = 1.645
 
 From few chunks a standard error is uncertain itself (`edgemoe.lab.quality.loss`), and the sum is less sure.
 """
+
+_INDEPENDENT = 1.7
+"""What the standard errors of earlier versions are multiplied by: the most that chunks added (benchmarks/LOG.md)."""
 
 _COMPARED = ("tokens", "reference", "reference_sections")
 """The fields in which two reports must agree for their rows to be comparable."""
@@ -263,7 +267,15 @@ def is_plain(row: Row) -> bool:
 
 def _bound(row: Row) -> float:
     """Returns an upper bound of the row's loss in ln perplexity, by `_SURE`; 0 for the reference."""
-    return 0.0 if row["kl"] is None else float(row["loss_change"] + _SURE * row["loss_error"])
+    if row["kl"] is None:
+        return 0.0
+    error = row["loss_error"] * (1 if has_chunks(row) else _INDEPENDENT)
+    return float(row["loss_change"] + _SURE * error)
+
+
+def has_chunks(row: Row) -> bool:
+    """Returns whether a row's standard errors are from the means of chunks, as earlier versions' are not."""
+    return "chunks" in row
 
 
 def _saving(moe: MoeFile, row: Row) -> float | None:

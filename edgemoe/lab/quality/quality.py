@@ -105,6 +105,8 @@ class Quality:
 
     positions: int
     """How many were scored."""
+    chunks: int
+    """How many chunks they are in, from whose means standard errors are computed."""
     perplexity: float
     """exp of the mean negative log-likelihood of the actual tokens."""
     kl: float | None = None
@@ -254,8 +256,7 @@ def score(
             stats = engine.stats
             count = stats.hits + stats.misses
             bits, uses = bits + count * stats.average_bits, uses + count
-            read += stats.bytes_read
-            skipped += stats.skipped_share * len(logits)
+            read, skipped = read + stats.bytes_read, skipped + stats.skipped_share * len(logits)
             for part in _blocks(logits):
                 mine = log_softmax(part)
                 next_at = len(window) // 2 + 1 + at
@@ -275,6 +276,7 @@ def score(
     text_bits = _text_bits(engine.tokenizer, windows)
     alone = Quality(
         positions=sample.positions,
+        chunks=len(windows),
         perplexity=float(np.exp(loss)),
         bits_per_byte=loss / math.log(2) / text_bits * 8 if text_bits else None,
         capacity=_capacity(text_bits, loss, read_each) if step == 1 else None,
