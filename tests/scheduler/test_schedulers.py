@@ -1088,6 +1088,9 @@ def test_auto_tries_nothing_when_all_fits():
         run_auto(auto, lambda a, p: 1.0, tokens=50)
         assert auto.report() == ""
         assert (auto.notes, auto.leaves_out, auto.reads_ahead) == ((), False, False)
+    for spare in ("nonsense", "9.9"):  # is wrong also where nothing is left out
+        with pytest.raises(ValueError, match="spare"):
+            SCHEDULERS["auto"](setting(layers=1, slots=4), lossy=True, spare=spare)
 
 
 # --- options
