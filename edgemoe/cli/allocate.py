@@ -95,10 +95,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _interrupted(args: argparse.Namespace) -> str:
-    from edgemoe.cli.allocate_search import kept
+    from edgemoe.cli.allocate_search import goes_on, kept
 
     is_saved = args.method == "search" and kept(args).exists()
-    return f"interrupted; the same command goes on from {kept(args)}" if is_saved else "interrupted"
+    return f"interrupted; {goes_on(args)}" if is_saved else "interrupted"
 
 
 def _allocate(args: argparse.Namespace) -> int | None:

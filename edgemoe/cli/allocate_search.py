@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from edgemoe.lab.bits.everything import Found
 
-__all__ = ["kept", "search"]
+__all__ = ["goes_on", "kept", "search"]
 
 _PROG = "edgemoe allocate"
 _CONTEXT, _WINDOW, _WINDOWS, _GENERATIONS = 4096, 256, 16, 40
@@ -29,6 +29,12 @@ def kept(args: argparse.Namespace) -> Path:
     """Returns the file that holds the state of an unfinished search."""
     path: Path = args.out or args.model
     return path.with_suffix(".search")
+
+
+def goes_on(args: argparse.Namespace) -> str:
+    """Returns what a line says about going on with a search that has not ended."""
+    same = "the same command without --overwrite" if args.overwrite else "the same command"
+    return f"{same} goes on from {kept(args)}"
 
 
 def search(args: argparse.Namespace) -> int:
@@ -58,6 +64,7 @@ def search(args: argparse.Namespace) -> int:
     from edgemoe.lab.bits.calibrate import default_text as calibration_text
     from edgemoe.lab.bits.calibrate import windows_of
     from edgemoe.lab.bits.everything import search_everything
+    from edgemoe.lab.bits.measuring import TimeIsOver
     from edgemoe.lab.bits.search import Rounds
     from edgemoe.lab.quality.text import default_text
     from edgemoe.quant import Calibration
@@ -95,15 +102,15 @@ def search(args: argparse.Namespace) -> int:
                 held_out=held_out, protect=not args.no_protect, is_new=args.overwrite, seconds=seconds,
                 progress=progress, ram=args.ram, threads=args.threads,
             )  # fmt: skip
-    except TimeoutError as error:
-        raise TimeoutError(f"{error}; the same command goes on from {kept(args)}") from None
+    except TimeIsOver as error:
+        raise TimeIsOver(f"{error}; {goes_on(args)}") from None
     _write(args, found, out)
     show(found.allocation)
     _show_rest(found, context)
     if found.generation < rounds.generations or found.is_interrupted:
         note(
             f"{_PROG}: {'interrupted' if found.is_interrupted else 'time is over'} after "
-            f"{found.generation} of {rounds.generations} generations; the same command goes on from {kept(args)}"
+            f"{found.generation} of {rounds.generations} generations; {goes_on(args)}"
         )
     else:
         kept(args).unlink(missing_ok=True)

@@ -23,7 +23,8 @@ def verify(
 ) -> list[str]:
     """Reads all weights in file order and returns which rungs do not match their checksum; empty if all do.
 
-    Sections, index and preamble were checked when the file was opened. Memory: one rung.
+    Sections, index and preamble were checked when the file was opened. Weights of a model's adapters lie in files of
+    their own, and are not read here. Memory: one rung.
 
     Args:
         progress: called with the bytes read so far and the total.
@@ -51,7 +52,7 @@ def verify(
 
 
 def _pieces(moe: MoeFile | AdapterFile) -> Iterator[tuple[int, int, int, str]]:
-    """Yields offset, length, checksum and name of every rung."""
+    """Yields offset, length, checksum and name of every rung in the file."""
     for tensor in moe.tensors.values():
         at = tensor.offset
         for rung, (length, crc) in enumerate(zip(tensor.lengths, tensor.crcs, strict=True)):

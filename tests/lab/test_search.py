@@ -29,7 +29,7 @@ from edgemoe.file.format import open_moe
 from edgemoe.lab.bits.calibrate import calibrate, windows_of
 from edgemoe.lab.bits.everything import search_everything
 from edgemoe.lab.bits.kv_types import KINDS
-from edgemoe.lab.bits.measuring import Clock
+from edgemoe.lab.bits.measuring import Clock, TimeIsOver
 from edgemoe.lab.bits.search import MOST_CHANGES, Field, Rounds, Standing, evolve
 from edgemoe.lab.bits.units import Units
 from edgemoe.lab.quality import mixed_loss
@@ -425,7 +425,7 @@ def test_time_that_is_over(tiny_moe, calibrated, windows, tmp_path):
     while True:
         try:
             found = searched(tiny_moe, calibrated, windows, keep, seconds=0, held_out=windows)
-        except TimeoutError as error:
+        except TimeIsOver as error:
             calls += 1
             known = len(json.loads(keep.read_bytes())["costs"])
             assert str(error).startswith(f"the time is over, with {known} of ")
@@ -451,7 +451,7 @@ def test_a_search_that_ends_early_lets_go_of_the_model(
         return found
 
     monkeypatch.setattr(mixed_loss, "open_model", opened)
-    with pytest.raises(TimeoutError) as error:
+    with pytest.raises(TimeIsOver) as error:
         searched(tiny_moe, calibrated, windows, tmp_path / "a", seconds=0)
     assert error.tb is not None  # its frames know the loss
     assert [experts() for experts in made] == [None]

@@ -194,11 +194,16 @@ class _Model:
         L, E = self.shape
         if self.average < levels[0]:
             raise ValueError(f"average bits: expected at least {levels[0]}, got {self.average:g}")
-        if not self.settings.per_layer:
-            total = int(self.average * L * E + 1e-9)
-            return rules.cheapest(cost.reshape(L * E, -1), levels, total).reshape(L, E)
-        total = int(self.average * E + 1e-9)
-        return np.stack([rules.cheapest(c, levels, total, at_least_one=one) for c in cost])
+        try:
+            if not self.settings.per_layer:
+                total = int(self.average * L * E + 1e-9)
+                return rules.cheapest(cost.reshape(L * E, -1), levels, total).reshape(L, E)
+            total = int(self.average * E + 1e-9)
+            return np.stack([rules.cheapest(c, levels, total, at_least_one=one) for c in cost])
+        except ValueError:
+            raise ValueError(
+                f"average bits: {self.average:g} are too few for the experts that must have more"
+            ) from None
 
     def ranked(self, scores: Floats, levels: Sequence[int]) -> rules.Levels:
         """Returns the allocation that gives the highest scores [L, E] the higher of two levels; `scores` is changed."""

@@ -95,7 +95,7 @@ def search_everything(
 
     Raises:
         ValueError: the bytes do not suffice, there are too few windows, or the calibration lacks errors.
-        TimeoutError: `seconds` were over before there was a choice. What was measured is in `keep`.
+        TimeIsOver: `seconds` were over before there was a choice. What was measured is in `keep`.
         FormatError: the model, its calibration or `keep` is damaged, or they do not belong together.
     """
     moe = open_moe(path)

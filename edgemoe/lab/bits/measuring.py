@@ -8,16 +8,21 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from edgemoe.errors import EdgemoeError
 from edgemoe.lab.bits.search_file import SearchFile
 from edgemoe.lab.bits.units import Choice, Units
 from edgemoe.lab.quality.mixed_loss import MixedLoss
 
-__all__ = ["Clock", "Measured", "Progress", "Work", "measure_alone"]
+__all__ = ["Clock", "Measured", "Progress", "TimeIsOver", "Work", "measure_alone"]
 
 Progress = Callable[[int, int], None]
 
 _TOGETHER = 16
 """How many steps are measured at once. With more of them, more layers are shared, but Ctrl-C may lose more."""
+
+
+class TimeIsOver(EdgemoeError):
+    """A search's time was over before it had a choice."""
 
 
 class Clock:
@@ -105,7 +110,7 @@ def measure_alone(
         windows: how many windows to measure on.
 
     Raises:
-        TimeoutError: the time is over. What was measured is in `saved`.
+        TimeIsOver: before all were measured. What was measured is in `saved`.
     """
     left = [name for name in steps if name not in saved.costs]
     work.begin(sum(efforts[name] for name in steps if name in saved.costs))
@@ -114,7 +119,7 @@ def measure_alone(
     for first in range(0, len(left), most):
         if first and clock.is_over():  # so each call gets on
             known = len(steps) - len(left) + first
-            raise TimeoutError(f"the time is over, with {known} of {len(steps)} costs measured")
+            raise TimeIsOver(f"the time is over, with {known} of {len(steps)} costs measured")
         some = left[first : first + most]
         work.begin(sum(efforts[name] for name in some))
         losses = measured([steps[name] for name in some], windows)
