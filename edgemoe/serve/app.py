@@ -135,8 +135,8 @@ class _Door:
             if message["type"] == "http.response.start":
                 found = getattr(scope.get("route"), "path", "other")
                 self._service.figures.request(str(found), message["status"])
-                if message["status"] >= 400 and not asked.is_logged:
-                    self._service.log.refused(str(found), message["status"])
+                if message["status"] >= 400:
+                    self._service.log.failed(asked, str(found), message["status"])
                 message["headers"] = [*message["headers"], *_HEADERS]
             await send(message)
 

@@ -385,7 +385,6 @@ class Service:
             Problem: the prompt is too long, too many requests wait, or the server is stopping.
         """
         asked = asked_now.get() or Asked()
-        asked.is_logged = False
         if self.is_stopping:
             raise Problem(503, "the server is stopping", retry_after=10)
         if self.worker.error is not None:
@@ -397,7 +396,7 @@ class Service:
 
         def ended(outcome: Outcome) -> None:
             self.figures.reply(outcome)
-            self.log.reply(asked.route, outcome, ask.ignored)
+            self.log.reply(asked, outcome, ask.ignored)
 
         reply = Reply(ask, choice, self.tokenizer, self.reading, ended, streams=streams)
         try:

@@ -277,7 +277,8 @@ def test_a_request_that_takes_too_long_is_given_up(tiny_moe):
         done = server.post("/v1/chat/completions", chat(ignore_eos=True))
         assert done.status_code == 503
         assert done.json()["error"]["code"] == "cancelled"
-        assert [entry["end"] for entry in server.service.log.since(0)] == ["cancelled"]
+        (entry,) = server.service.log.since(0)
+        assert (entry["status"], entry["end"]) == (503, "cancelled")
 
 
 def test_a_full_queue_says_when_to_come_again(tiny_moe):
