@@ -173,8 +173,8 @@ def tokenize(service: Service, body: bytes) -> dict[str, Any]:
     """Returns the tokens of a text."""
     said, ignored = fields.read(body, Tokenize)
     service.note(ignored)
-    text = said.content
-    ids = service.encoded(text, "content", add_special=said.add_special) if text else []
+    special = said.add_special
+    ids = service.encoded(said.content, "content", add_special=special, may_be_empty=True)
     if not said.with_pieces:
         return {"tokens": ids}
     return {"tokens": [{"id": i, "piece": service.tokenizer.token_text(i)} for i in ids]}

@@ -354,11 +354,14 @@ class Service:
             ask.constraint = lambda: Guide(grammars, grammar)
         return ask
 
-    def encoded(self, text: str, param: str, *, add_special: bool) -> list[int]:
+    def encoded(
+        self, text: str, param: str, *, add_special: bool, may_be_empty: bool = False
+    ) -> list[int]:
         """Returns the tokens of a prompt.
 
         Raises:
-            Problem: the text is not valid Unicode, is empty, is too long for the context, or takes too much memory.
+            Problem: the text is not valid Unicode, has no tokens and must have some, is too long for the context, or
+                takes too much memory.
         """
         few = text[: _SURELY_LONG * self.context]
         try:
@@ -369,7 +372,7 @@ class Service:
             ids = self.tokenizer.encode(text, add_special=add_special)
         except ValueError as error:
             raise wrong(param, str(error)) from None
-        if not ids:
+        if not ids and not may_be_empty:
             raise wrong(param, "expected some text, got none")
         return ids
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 import httpx2 as httpx
 import openai
 import pytest
+from served import running
 from tiny import tiny_checkpoint
 
 import edgemoe
@@ -230,6 +231,21 @@ def test_models_and_the_rest_are_told(client, server):
     assert server.get("/v1/nothing").status_code == 404
     assert server.get("/v1/chat/completions").status_code == 405
     assert server.post("/slots/0?action=save", {}).status_code == 501
+
+
+def test_a_text_without_tokens_of_its_own_is_tokenized(tiny_moe):
+    from tokenizers import normalizers, processors
+
+    with running(tiny_moe) as server:
+        backend = server.service.tokenizer._backend
+        backend.normalizer = normalizers.Strip()
+        backend.post_processor = processors.TemplateProcessing(
+            single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 256)]
+        )
+        for text in ("", "  "):
+            for special, ids in ((True, [256]), (False, [])):
+                done = server.post("/tokenize", {"content": text, "add_special": special})
+                assert done.json() == {"tokens": ids}
 
 
 def test_roles_and_parts_become_what_the_template_knows(server):
