@@ -17,6 +17,7 @@ from edgemoe.runtime.batching import Batcher, QueueFull
 from edgemoe.runtime.opening import Opened
 from edgemoe.runtime.pool import PrefixPool
 from edgemoe.runtime.prefixes import PrefixStore
+from edgemoe.runtime.profile import ProfileFile
 from edgemoe.runtime.requests import Constraint, Outcome
 from edgemoe.serve.desk import Desk
 from edgemoe.serve.figures import ServerFigures
@@ -426,13 +427,17 @@ class Service:
         has_died = self.worker.error is not None
         with contextlib.ExitStack() as rest:  # all of it, also where something of it fails
             if profile is not None and not has_died:
-                learned = profile.learned(model.store, model.scheduler)
-                if learned is not None:
-                    rest.callback(profile.write, learned)
+                rest.callback(self._learn, profile)
             if model.experts.observer is not None:
                 rest.callback(model.experts.observer.close)
             if not has_died:
                 self.batcher.save()
+
+    def _learn(self, profile: ProfileFile) -> None:
+        """Writes what was learned."""
+        learned = profile.learned(self.model.store, self.model.scheduler)
+        if learned is not None:
+            profile.write(learned)
 
     def tool_words(self) -> str:
         """Returns the name of the format of calls, for a note at start."""

@@ -28,8 +28,6 @@ from edgemoe.serve.server import listen
 from edgemoe.serve.service import Service, Wanted
 from edgemoe.serve.settings import Settings
 
-ASK = [{"role": "user", "content": "Say it."}]
-
 
 def chat(text="Say it.", **more):
     return {"messages": [{"role": "user", "content": text}], **more}
@@ -301,22 +299,35 @@ def test_a_lost_engine_ends_the_server_with_a_code(tiny_moe):
         assert server.code == 1
 
 
+async def asked(opened, settings):
+    """Returns a service that has answered a chat."""
+    service = Service(opened, settings, name="x", sampling=opened.text.sampling)
+    ask = service.converse(
+        Conversation(chat("y" * 100)["messages"], []), Wanted(sampling={"max_tokens": 2})
+    )
+    async for _ in service.begin(ask).parts():
+        pass
+    return service
+
+
 def test_a_trace_that_cannot_be_written_costs_no_profile(tiny_moe, tmp_path):
     profile = tmp_path / "learned.profile"
-    options = EngineOptions(trace="/dev/full", profile=profile)
-    opened = open_model(tiny_moe, options)
-
-    async def asked():
-        service = Service(opened, Settings(), name="x", sampling=opened.text.sampling)
-        ask = service.converse(Conversation(ASK, []), Wanted(sampling={"max_tokens": 2}))
-        async for _ in service.begin(ask).parts():
-            pass
-        return service
-
-    service = asyncio.run(asked())
+    opened = open_model(tiny_moe, EngineOptions(trace="/dev/full", profile=profile))
+    service = asyncio.run(asked(opened, Settings()))
     with pytest.raises(OSError, match="No space left"):
         service.close()
     assert profile.stat().st_size > 0
+
+
+def test_what_cannot_be_learned_costs_no_prefix_and_no_trace(tiny_moe, tmp_path, monkeypatch):
+    options = EngineOptions(trace=str(tmp_path / "trace"), profile=tmp_path / "learned.profile")
+    opened = open_model(tiny_moe, options)
+    service = asyncio.run(asked(opened, Settings(prefixes=str(tmp_path / "kept"))))
+    monkeypatch.setattr(opened.model.scheduler, "state", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        service.close()
+    assert list((tmp_path / "kept").iterdir())
+    assert (tmp_path / "trace").stat().st_size > 0
 
 
 def test_a_failed_read_is_one_failed_request(tmp_path, caplog):
