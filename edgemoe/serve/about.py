@@ -194,7 +194,6 @@ def detokenize(service: Service, body: bytes) -> dict[str, Any]:
 def apply_template(service: Service, body: bytes) -> dict[str, Any]:
     """Returns the prompt of a conversation."""
     said, ignored = fields.read(body, Template)
+    talk = Conversation(said.messages, fields.functions(said.tools, ignored))
     service.note(ignored)
-    tools = [t.function.plain() for t in said.tools or () if t.function is not None]
-    talk = Conversation(said.messages, tools)
     return {"prompt": service.rendered(talk, said.chat_template_kwargs or {})}

@@ -357,6 +357,8 @@ async def _messages(service: Service, request: Request) -> Response:
 
 
 async def _count(service: Service, request: Request) -> Response:
+    if "anthropic-beta" in request.headers:
+        service.note(["anthropic-beta"])
     return _json(await _read(service, request, messages.count))
 
 

@@ -12,7 +12,7 @@ from edgemoe.serve.problems import Problem, wrong
 
 __all__ = [
     "ChatRequest", "CompletionRequest", "CountRequest", "MessagesRequest", "ResponsesRequest", "Tool",
-    "read",
+    "functions", "read", "reasoning_budget",
 ]  # fmt: skip
 
 _MOST_MESSAGES, _MOST_TOOLS, MOST_STOPS, _MOST_CHOICES, MOST_TOP = 4096, 256, 16, 8, 20
@@ -62,6 +62,32 @@ class Tool(msgspec.Struct):
 
     type: str
     function: Function | None = None
+
+
+def functions(tools: list[Tool] | None, ignored: list[str]) -> list[dict[str, Any]]:
+    """Returns the functions of tools as chat templates see them; names tools of other kinds in `ignored`."""
+    found = []
+    for i, tool in enumerate(tools or ()):
+        if tool.type != "function":
+            ignored.append(f"tools[{i}]: {tool.type}")
+        elif tool.function is None:
+            raise wrong(f"tools[{i}].function", "expected, and missing")
+        else:
+            found.append(tool.function.plain())
+    return found
+
+
+def reasoning_budget(thinking: Mapping[str, Any], ignored: list[str]) -> int | None:
+    """Returns the most tokens of reasoning that a field "thinking" allows; None if it does not say.
+
+    Names its fields without effect in `ignored`.
+    """
+    known = ("type", "budget_tokens")
+    ignored += [f"thinking.{n}" for n in thinking if n not in known and thinking[n]]
+    budget = thinking.get("budget_tokens")
+    if budget is not None and (type(budget) is not int or budget < 0):
+        raise wrong("thinking.budget_tokens", f"expected a whole number, got {budget!r}")
+    return budget
 
 
 class _Completion(_Base, kw_only=True):
@@ -139,7 +165,6 @@ class ResponsesRequest(msgspec.Struct, kw_only=True):
     model: str | None = None
     instructions: str | None = None
     stream: bool | None = None
-    stream_options: dict[str, Any] | None = None
     max_output_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
@@ -171,7 +196,7 @@ _REFUSED: Mapping[str, str] = {
 
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "modalities": (["text"],), "best_of": (1,), "suffix": ("",), "background": (False,),
-    "truncation": ("disabled",),
+    "truncation": ("disabled",), "stream_options": ({}, {"include_obfuscation": False}),
 }  # fmt: skip
 """Values of fields that ask for nothing, and so are neither refused nor reported."""
 
@@ -210,7 +235,7 @@ def read(body: bytes, kind: type[_T]) -> tuple[_T, list[str]]:
         if name == "modalities" or name in _REFUSED:
             raise wrong(name, _REFUSED.get(name, "this model reads and writes text alone"))
         ignored.append(name)
-    ignored += _nested(raw)
+    ignored += _nested({name: value for name, value in raw.items() if name in known})
     _check_numbers(found)
     return found, ignored
 

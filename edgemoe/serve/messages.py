@@ -47,9 +47,9 @@ def count(service: Service, body: bytes) -> dict[str, Any]:
     """
     request, ignored = fields.read(body, fields.CountRequest)
     wanted = Wanted(ignored=ignored)
-    talk = _talk(request, wanted)
+    ask = service.converse(_talk(request, wanted), wanted)
     service.note(ignored)
-    return {"input_tokens": len(service.converse(talk, wanted).ids)}
+    return {"input_tokens": len(ask.ids)}
 
 
 def _talk(request: Any, wanted: Wanted) -> Conversation:
@@ -62,14 +62,8 @@ def _talk(request: Any, wanted: Wanted) -> Conversation:
     wanted.several_calls = choice.get("disable_parallel_tool_use") is not True
     thinking = request.thinking or {}
     if thinking:
-        known = ("type", "budget_tokens")
-        wanted.ignored += [f"thinking.{n}" for n in thinking if n not in known and thinking[n]]
         wanted.thinks = thinking.get("type") != "disabled"
-        budget = thinking.get("budget_tokens")
-        if budget is not None:
-            if type(budget) is not int or budget < 0:
-                raise wrong("thinking.budget_tokens", f"expected a whole number, got {budget!r}")
-            wanted.most_reasoning = budget
+        wanted.most_reasoning = fields.reasoning_budget(thinking, wanted.ignored)
     tools = []
     for i, tool in enumerate(request.tools or ()):
         name, schema = tool.get("name"), tool.get("input_schema")
@@ -78,6 +72,7 @@ def _talk(request: Any, wanted: Wanted) -> Conversation:
         elif not isinstance(name, str) or not isinstance(schema, dict):
             raise wrong(f"tools[{i}]", "expected a name and an input_schema")
         else:
+            wanted.strict += [f"tools[{i}].strict"] * (tool.get("strict") is True)
             tools.append(
                 {
                     "name": name,

@@ -143,18 +143,17 @@ def read_chat(service: Service, body: bytes) -> tuple[fields.ChatRequest, Ask]:
     wanted.thinks = thinking(
         request.reasoning_effort, request.think, request.thinking, request.enable_thinking
     )
+    wanted.most_reasoning = fields.reasoning_budget(request.thinking or {}, ignored)
     wanted.effort = request.reasoning_effort
     wanted.variables = request.chat_template_kwargs or {}
     wanted.tool_choice = tool_choice(request.tool_choice)
     wanted.several_calls = request.parallel_tool_calls is not False
-    tools = []
-    for i, tool in enumerate(request.tools or ()):
-        if tool.type != "function":
-            ignored.append(f"tools[{i}]: {tool.type}")
-        elif tool.function is None:
-            raise wrong(f"tools[{i}].function", "expected, and missing")
-        else:
-            tools.append(tool.function.plain())
+    tools = fields.functions(request.tools, ignored)
+    wanted.strict = [
+        f"tools[{i}].function.strict"
+        for i, tool in enumerate(request.tools or ())
+        if tool.function is not None and tool.function.strict
+    ]
     return request, service.converse(Conversation(request.messages, tools), wanted)
 
 

@@ -51,6 +51,7 @@ def read_responses(service: Service, body: bytes) -> tuple[fields.ResponsesReque
         elif not isinstance(tool.get("name"), str):
             raise wrong(f"tools[{i}].name", "expected, and missing")
         else:
+            wanted.strict += [f"tools[{i}].strict"] * (tool.get("strict") is True)
             tools.append({
                 "name": tool["name"], "description": str(tool.get("description") or ""),
                 "parameters": tool.get("parameters") or {},

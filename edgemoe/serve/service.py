@@ -77,6 +77,8 @@ class Wanted:
     """See `Request`."""
     keep_alive: float | None = None
     """Seconds without a request after which experts leave memory, from now on for the whole server; None keeps it."""
+    strict: list[str] = field(default_factory=list)
+    """The fields that ask for calls that follow their tool's schema; without effect where no grammar sees to it."""
     ignored: list[str] = field(default_factory=list)
     """The fields of the request that have no effect."""
 
@@ -301,11 +303,16 @@ class Service:
             grammar, lazy = grammars.reply(
                 form, tools, grammar, must=must, several=wanted.several_calls, most_reasoning=most
             )
+        if tools and grammar is None and not lazy:
+            wanted.ignored += wanted.strict
         marks: tuple[int | None, int | None] = (None, None)
         if form.reasoning is not None and not form.is_channelled and self.can_reason:
             first, last = (self.tokenizer.token_id(w) for w in form.reasoning)
             marks = (first, last)
         has_limit = most >= 0 and marks[1] is not None and grammars is not None
+        is_limited = has_limit or (form.is_channelled and grammar is not None)
+        if wanted.most_reasoning is not None and self.can_reason and not is_limited:
+            wanted.ignored.append("thinking.budget_tokens")
         if grammar is None and not lazy and not has_limit:
             return lambda: None
         return lambda: Guide(

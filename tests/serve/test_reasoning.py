@@ -50,6 +50,21 @@ def test_reasoning_is_apart_and_bounded(client):
         assert "</think>" not in message.reasoning_content + message.content
 
 
+def test_a_request_bounds_it(client):
+    more = {"thinking": {"type": "enabled", "budget_tokens": 5}}
+    done = chat(client, seed=1, extra_body=more)
+    assert done.usage.completion_tokens_details.reasoning_tokens == 6
+    assert done.edgemoe["ignored"] == []
+
+
+def test_a_bound_that_nothing_keeps_is_named(server):
+    body = {"messages": ASK, "max_tokens": 1, "thinking": {"type": "enabled", "budget_tokens": 5}}
+    with running(server.opened.model.moe.path, has_grammar=False) as other:
+        for path in ("/v1/chat/completions", "/v1/messages"):
+            said = other.post(path, body).json()["edgemoe"]["ignored"]
+            assert said == ["thinking.budget_tokens"]
+
+
 def test_a_stream_has_it_apart_too(client):
     whole = chat(client, seed=1).choices[0].message
     with client.chat.completions.create(

@@ -86,6 +86,13 @@ def test_only_named_pages_may_ask(guarded, server):
 MARKED = [{"type": "text", "text": "x", "cache_control": {"type": "ephemeral"}}]
 RESULT = [{"type": "tool_result", "tool_use_id": "a", "content": MARKED}]
 CHATS, CLAUDE, RESPONSES = "/v1/chat/completions", "/v1/messages", "/v1/responses"
+COUNT, TEMPLATE = "/v1/messages/count_tokens", "/apply-template"
+LOOSE = {"type": "object", "properties": {"a": {"type": "string", "pattern": "(?=a)b"}}}
+"""A schema that no grammar can see to."""
+
+
+def strict(schema):
+    return {"name": "f", "parameters": schema, "strict": True}
 
 
 @pytest.mark.parametrize(
@@ -98,14 +105,20 @@ CHATS, CLAUDE, RESPONSES = "/v1/chat/completions", "/v1/messages", "/v1/response
         (CLAUDE, chat(MARKED), "cache_control"), (CLAUDE, chat(RESULT), "cache_control"),
         (CLAUDE, chat(tools=[{"type": "web_search_20250305"}]), "tools[0]"),
         (CLAUDE, chat(thinking={"type": "enabled", "display": "omitted"}), "thinking.display"),
-        (CLAUDE, chat(), "anthropic-beta"), ("/v1/messages/count_tokens", chat(top_k=1), "top_k"),
+        (CHATS, chat(thinking={"type": "enabled", "display": "omitted"}), "thinking.display"),
+        (CHATS, chat(tools=[{"type": "function", "function": strict(LOOSE)}]), "tools[0].function.strict"),
+        (CLAUDE, chat(), "anthropic-beta"), (COUNT, chat(top_k=1), "top_k"), (COUNT, chat(), "anthropic-beta"),
+        (CLAUDE, chat(tools=[{"name": "f", "input_schema": LOOSE, "strict": True}]), "tools[0].strict"),
         (RESPONSES, {"input": "x", "reasoning": {"summary": "auto"}}, "reasoning.summary"),
         (RESPONSES, {"input": "x", "text": {"verbosity": "low"}}, "text.verbosity"),
         (RESPONSES, {"input": "x", "top_logprobs": 1}, "top_logprobs"),
         (RESPONSES, {"input": "x", "truncation": "auto"}, "truncation"),
         (RESPONSES, {"input": "x", "tools": [{"type": "web_search"}]}, "tools[0]"),
+        (RESPONSES, {"input": "x", "tools": [{"type": "function", **strict(LOOSE)}]}, "tools[0].strict"),
+        (RESPONSES, {"input": "x", "stream_options": {"include_obfuscation": True}}, "stream_options"),
         ("/tokenize", {"content": "x", "parse_special": True}, "parse_special"),
-        ("/detokenize", {"tokens": [65], "x": 1}, "x"), ("/apply-template", chat(x=1), "x"),
+        ("/detokenize", {"tokens": [65], "x": 1}, "x"), (TEMPLATE, chat(x=1), "x"),
+        (TEMPLATE, chat(tools=[{"type": "x"}]), "tools[0]"),
     ],
 )  # fmt: skip
 def test_strict_servers_refuse_what_has_no_effect(guarded, server, path, body, name):
@@ -117,6 +130,22 @@ def test_strict_servers_refuse_what_has_no_effect(guarded, server, path, body, n
     message = done.json()["error"]["message"]
     assert message == f"{name}: has no effect here, and --strict refuses what has none"
     assert server.post(path, body, headers=headers).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (CHATS, chat(tools=[{"type": "function", "function": strict({"type": "object"})}])),
+        (CHATS, chat(tools=[{"type": "function", "function": strict(LOOSE)}], tool_choice="none")),
+        (CHATS, chat(tools=[{"type": "function", "function": {**strict(LOOSE), "strict": False}}])),
+        (CHATS, chat(thinking={"type": "enabled", "budget_tokens": 9})),
+        (RESPONSES, {"input": "x", "stream_options": {"include_obfuscation": False}}),
+    ],
+)  # fmt: skip
+def test_strict_servers_take_what_is_honoured(guarded, path, body):
+    more = {"max_tokens": 1} if path == CHATS else {}
+    done = guarded.post(path, {**body, **more}, headers={"x-api-key": "open"})
+    assert done.status_code == 200, done.text
 
 
 def test_other_machines_need_a_key():
