@@ -12,7 +12,7 @@ from edgemoe.serve.problems import Problem, wrong
 
 __all__ = [
     "ChatRequest", "CompletionRequest", "CountRequest", "MessagesRequest", "ResponsesRequest", "Tool",
-    "functions", "read", "reasoning_budget",
+    "forget", "functions", "read", "reasoning_budget",
 ]  # fmt: skip
 
 _MOST_MESSAGES, _MOST_TOOLS, MOST_STOPS, _MOST_CHOICES, MOST_TOP = 4096, 256, 16, 8, 20
@@ -175,6 +175,20 @@ class ResponsesRequest(msgspec.Struct, kw_only=True):
     reasoning: dict[str, Any] | None = None
     text: dict[str, Any] | None = None
     seed: int | None = None
+
+
+_READ_ONCE = (
+    "messages", "system", "prompt", "input", "chat_template_kwargs", "logit_bias", "grammar", "json_schema",
+    "guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs", "response_format",
+)  # fmt: skip
+"""Fields that may be large, and that nothing needs once a request is read."""
+
+
+def forget(request: msgspec.Struct) -> None:
+    """Drops what only the reading of a request needs, as memory for it is reserved only until it is read."""
+    for name in _READ_ONCE:
+        if hasattr(request, name):
+            setattr(request, name, None)
 
 
 _T = TypeVar("_T", bound=msgspec.Struct)

@@ -36,7 +36,10 @@ def read_messages(service: Service, body: bytes) -> tuple[fields.MessagesRequest
         },
         ignored=ignored, adapter=service.adapter(request.model),
     )  # fmt: skip
-    return request, service.converse(_talk(request, wanted), wanted)
+    ask = service.converse(_talk(request, wanted), wanted)
+    request.tools = None
+    fields.forget(request)
+    return request, ask
 
 
 def count(service: Service, body: bytes) -> dict[str, Any]:

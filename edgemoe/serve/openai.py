@@ -154,7 +154,10 @@ def read_chat(service: Service, body: bytes) -> tuple[fields.ChatRequest, Ask]:
         for i, tool in enumerate(request.tools or ())
         if tool.function is not None and tool.function.strict
     ]
-    return request, service.converse(Conversation(request.messages, tools), wanted)
+    ask = service.converse(Conversation(request.messages, tools), wanted)
+    request.tools = None
+    fields.forget(request)
+    return request, ask
 
 
 def read_completion(service: Service, body: bytes) -> tuple[fields.CompletionRequest, list[Ask]]:
@@ -184,4 +187,5 @@ def read_completion(service: Service, body: bytes) -> tuple[fields.CompletionReq
         else:
             raise wrong(where, "expected text or tokens, at least one")
         asks.append(service.continue_text(ids, params, wanted, echo=bool(request.echo)))
+    fields.forget(request)
     return request, asks

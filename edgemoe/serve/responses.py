@@ -61,7 +61,9 @@ def read_responses(service: Service, body: bytes) -> tuple[fields.ResponsesReque
         messages.append({"role": "user", "content": request.input})
     else:
         messages += _messages(request.input)
-    return request, service.converse(Conversation(messages, tools), wanted)
+    ask = service.converse(Conversation(messages, tools), wanted)
+    fields.forget(request)  # the response repeats its tools
+    return request, ask
 
 
 def _form(text: dict[str, Any]) -> tuple[str, str, Any] | None:

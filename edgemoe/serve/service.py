@@ -289,7 +289,7 @@ class Service:
             is_reasoning: the prompt has opened the reasoning already.
             most: the most tokens of reasoning; -1 for no limit.
         """
-        form, grammars = self.form, self.grammars
+        form, grammars, several = self.form, self.grammars, wanted.several_calls
         lazy: dict[int, str] = {}
         grammar = self.grammar(wanted.form)
         must = wanted.must_call
@@ -301,7 +301,7 @@ class Service:
         knows = self.speaks_of_tools or self.reading.template is None or must
         if grammars is not None and (tools or form.is_channelled) and knows:
             grammar, lazy = grammars.reply(
-                form, tools, grammar, must=must, several=wanted.several_calls, most_reasoning=most
+                form, tools, grammar, must=must, several=several, most_reasoning=most
             )
         if tools and grammar is None and not lazy:
             wanted.ignored += wanted.strict
@@ -317,7 +317,7 @@ class Service:
             return lambda: None
         return lambda: Guide(
             grammars, grammar, is_reasoning=is_reasoning, reasoning=marks, most_reasoning=most,
-            lazy=lazy, several=wanted.several_calls,
+            lazy=lazy, several=several,
         )  # fmt: skip
 
     def grammar(self, form: tuple[str, str, Any] | None) -> str | None:

@@ -22,6 +22,7 @@ import edgemoe
 from edgemoe.errors import FormatError
 from edgemoe.runtime.opening import open_model
 from edgemoe.runtime.options import EngineOptions
+from edgemoe.serve import messages, openai, responses
 from edgemoe.serve.loading import Loading
 from edgemoe.serve.prompts import Conversation
 from edgemoe.serve.server import listen
@@ -146,6 +147,21 @@ def test_strict_servers_take_what_is_honoured(guarded, path, body):
     more = {"max_tokens": 1} if path == CHATS else {}
     done = guarded.post(path, {**body, **more}, headers={"x-api-key": "open"})
     assert done.status_code == 200, done.text
+
+
+@pytest.mark.parametrize(
+    ("read", "body"),
+    [
+        (openai.read_chat, chat("marked", tools=[{"type": "function", "function": {"name": "marked"}}])),
+        (openai.read_chat, chat("x", chat_template_kwargs={"a": "marked"}, guided_choice=["marked"])),
+        (openai.read_completion, {"prompt": "marked", "response_format": {"type": "text", "x": "marked"}}),
+        (messages.read_messages, chat("marked", system="marked", max_tokens=1)),
+        (responses.read_responses, {"input": "marked"}),
+    ],
+)  # fmt: skip
+def test_what_was_read_is_not_kept_for_the_answer(server, read, body):
+    request, _ = server.service.desk.read(read, server.service, json.dumps(body).encode())
+    assert "marked" not in str(request)
 
 
 def test_other_machines_need_a_key():
