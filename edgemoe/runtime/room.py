@@ -119,9 +119,13 @@ class Room:
         """
         if not self._is_measured or self._is_steady:
             return 0
-        left = self._budget.ram - self._base - self._counted()
-        if size > self._borrowed and left - size < self._budget.expert:
-            return self._budget.expert + size - left
+        budget = (
+            self._budget
+        )  # what is reserved may be taken by passes before the memory comes back
+        reserved = budget.sequences * budget.kv_bytes(budget.context) + budget.chunk * budget.row
+        left = budget.ram - self._base - max(reserved + self._beside, self._counted())
+        if size > self._borrowed and left - size < budget.expert:
+            return budget.expert + size - left
         self._borrowed = size
         if not size:  # what did not come back is measured before the next pass
             self._next_s = 0.0

@@ -232,6 +232,24 @@ def test_what_is_borrowed_comes_back_when_it_is_returned():
     assert cache.stats["budget_bytes"] == r.size // 4096 * 4096
 
 
+def test_what_is_reserved_is_not_lent():
+    b = budget(experts=1000 * EXPERT)
+    r, _ = room(b, is_measured=True)
+    state = sequence(r)
+    run(r, state, 5)
+    assert r.size > 8 * MIB
+    most = b.room - EDGES - EXPERT  # passes may take the rest before it comes back
+    assert r.borrow(14 * MIB) == 14 * MIB - most
+    assert r.borrow(most) == 0
+    while state.length < 4096:
+        run(r, state, min(512, 4096 - state.length))
+        assert r.size == expected(b, state.length, 512) - most
+    assert r.size == EXPERT
+    r.borrow(0)
+    r.keep(MIB // 2)
+    assert r.borrow(most) == MIB // 2
+
+
 def test_measuring_takes_little_time():
     b = budget(ram=1 << 40, experts=1000 * EXPERT)
     r, _ = room(b, is_measured=True)
