@@ -20,6 +20,9 @@ _WARM_TOKENS = 3
 _SHARE = 0.005
 """The most of the time that measuring may take: it walks the page tables, in some 30 ms for each GiB."""
 
+_NOISE = 1 << 19
+"""What the process may have grown by before it is worth a measurement, in bytes; a part of `Budget.slack`."""
+
 
 class Room:
     """The size of the expert slots, which is adjusted before each pass.
@@ -74,19 +77,19 @@ class Room:
             self._resize(self._left())
         tokens = len(batch)
         self._singles += batch.is_decoding
-        is_due = (
-            self._is_measured
-            and self._singles > _WARM_TOKENS
-            and time.perf_counter() >= self._next_s
-        )
+        is_warm = self._is_measured and self._singles > _WARM_TOKENS
+        is_due = is_warm and time.perf_counter() >= self._next_s
         grown = [s for s in batch.slices if s.state.length + s.count > s.state.reach]
         if not (is_due or grown or tokens > self._tokens or self._is_lent):
             return
-        if self._is_lent:
-            self._is_lent = False
-            is_due = is_due or self._taken(hardware.process_bytes()) > self._base + self._counted()
+        taken = self._counted() + self._borrowed
+        if self._is_lent and is_warm and not is_due:
+            is_due = self._taken(hardware.process_bytes()) > self._base + taken + _NOISE
+        self._is_lent = False
         if is_due:
-            self._base = self._measured() - self._counted()
+            base = self._measured() - taken
+            # How much of what is borrowed is in use is not known: until it comes back, only growth is certain.
+            self._base = max(base, self._base) if self._borrowed else base
         for part in grown:
             self._reach(part.state, part.state.length + part.count)
         self._tokens = max(tokens, self._tokens)
@@ -127,8 +130,8 @@ class Room:
         if size > self._borrowed and left - size < budget.expert:
             return budget.expert + size - left
         self._borrowed = size
-        if not size:  # what did not come back is measured before the next pass
-            self._next_s = 0.0
+        if not size:  # the next pass takes it back, and measures if not all of it came back
+            self._is_lent = True
         elif not self.is_resting:
             self._resize(self._left())
         return 0
