@@ -28,6 +28,7 @@ from edgemoe.runtime.model import Model
 from edgemoe.runtime.pool import PrefixPool
 from edgemoe.runtime.prefixes import PrefixStore
 from edgemoe.runtime.requests import Outcome, Request, figures
+from edgemoe.runtime.room import Room
 from edgemoe.runtime.sequence import token_ids
 from edgemoe.runtime.slots import Slot, SlotView, best_slot
 from edgemoe.text.logprobs import token_logprobs
@@ -130,9 +131,13 @@ class Batcher:
         slot = self._slots[number]
         return self._errands.add(lambda: use(slot.state), when=lambda: slot.request is None)
 
-    def borrow(self, size: int) -> Future[int]:
-        """Takes memory from the experts between two passes; see `Room.borrow`. May be called on any thread."""
-        return self._errands.add(lambda: self._model.room.borrow(size), when=lambda: True)
+    def with_room(self, use: Callable[[Room], _T]) -> Future[_T]:
+        """Calls `use` with the room for experts between two passes. May be called on any thread.
+
+        Returns:
+            A future of what `use` returns or raises. It raises RuntimeError when the batcher has ended.
+        """
+        return self._errands.add(lambda: use(self._model.room), when=lambda: True)
 
     def _can_change(self) -> bool:
         """Returns whether no prompt is being scored: all its log-probabilities have to come from one model."""

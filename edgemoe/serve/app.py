@@ -234,7 +234,7 @@ async def body_of(
     Args:
         request: the request.
         most: the most bytes.
-        grow: makes room for bytes, before so many come beyond the first 64 KiB.
+        grow: makes room for so many bytes more, when they are about to come.
 
     Raises:
         Problem: it is larger than `most` bytes, or no part of it came for `connections.PATIENCE` seconds.
@@ -243,7 +243,7 @@ async def body_of(
     said = request.headers.get("content-length", "")
     if said.isdecimal() and int(said) > most:  # without waiting for any of it
         raise too_large
-    body, room = bytearray(), _LARGEST_ORDER
+    body, room = bytearray(), 0
     stream = request.stream()
     while True:
         try:
@@ -252,12 +252,13 @@ async def body_of(
             return body  # type: ignore[return-value]  # not copied, as it may be large
         except asyncio.TimeoutError:
             raise Problem(408, f"body: nothing came for {connections.PATIENCE:g} s") from None
-        body += part
-        if len(body) > most:
+        if len(body) + len(part) > most:
             raise too_large
-        if len(body) > room and grow is not None:
-            await grow(room)
-            room *= 2
+        if len(body) + len(part) > room and grow is not None:
+            more = max(room, len(part))  # twice as much, so that few passes are waited for
+            await grow(more)
+            room += more
+        body += part
 
 
 async def answered(
@@ -323,13 +324,18 @@ async def _read(service: Service, request: Request, read: Callable[[Service, byt
 
     async def grow(size: int) -> None:
         nonlocal held
-        await desk.hold(size)
+        await desk.hold(size, of=held + size)
         held += size
 
+    body = b""
     try:
         body = await body_of(request, most=_LARGEST_BODY, grow=grow)
-        return await asyncio.to_thread(desk.read, read, service, body)
+        desk.release(held - len(body))
+        held = len(body)
+        async with desk.line:
+            return await asyncio.to_thread(desk.read, read, service, body)
     finally:
+        del body  # before its memory is given back
         desk.release(held)
 
 

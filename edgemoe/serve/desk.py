@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from edgemoe import hardware
 from edgemoe.runtime.batching import Batcher
+from edgemoe.runtime.room import Room
 from edgemoe.serve.problems import Problem
 
 if TYPE_CHECKING:
@@ -20,12 +21,15 @@ __all__ = ["AT_HAND", "Desk"]
 
 _T = TypeVar("_T")
 
-AT_HAND = 13 << 20
-"""Bytes of the budget that are always there for requests that are read: the 12 MiB that a template may take, and 20 KB
-of texts. For what takes more, experts make room, once the pass that runs has ended."""
+_HELD = 1 << 20  # bytes of the budget that are always there for bodies that arrive
+_READ = 13 << 20  # and for the request that is read: the 12 MiB of a template, and 20 KB of texts
+AT_HAND = _HELD + _READ
+"""Bytes of the budget that are always there for requests. For what takes more, experts make room, once the pass that
+runs has ended."""
 _PER_BYTE = 4  # that texts take for each byte of a body, as they are decoded and joined
 _PER_VALUE = 72  # that a decoded value and its place in a list or an object take; measured
 _BETWEEN = b",:[{"  # in JSON, no value comes without one of these before it
+_RETRY_AFTER = 5  # seconds
 
 
 class Desk:
@@ -36,28 +40,39 @@ class Desk:
         batcher: makes room.
         """
         self._batcher = batcher
+        self.line = asyncio.Lock()
+        """To be held around `read`, so that requests that wait take no thread."""
         self._turn, self._lock = threading.Lock(), threading.Lock()
-        self._held = self._decoded = self._beside = 0  # what takes memory, in bytes
-        self._borrowed = 0
+        self._held = self._reads = (
+            0  # bytes that bodies take, and the request that is read; only what was granted
+        )
+        self._borrowed = 0  # beyond AT_HAND, for both
+        self._body = self._beside = 0  # of the request that is read
 
-    async def hold(self, size: int) -> None:
-        """Makes room for `size` further bytes of bodies that arrive, until `release`.
+    async def hold(self, size: int, *, of: int) -> None:
+        """Makes room for `size` further bytes of a body that arrives, until `release`.
+
+        Args:
+            size: so many bytes.
+            of: the bytes of the body up to now, with these.
 
         Raises:
             Problem: there is not enough memory.
         """
-        self._held += size
+        done = self._take(size, 0)
         try:
-            _check(await asyncio.wrap_future(self._borrow()))
-        except BaseException:
-            self.release(size)
+            missing = await asyncio.wrap_future(done)
+        except RuntimeError as error:  # the engine has ended
+            raise Problem(503, str(error)) from None
+        except asyncio.CancelledError:
+            if not done.cancel():
+                done.add_done_callback(lambda done: self._undo(done, size))
             raise
+        _check(missing, self._size(size, 0) - max(of - _HELD, 0))
 
     def release(self, size: int) -> None:
         """Gives back what `hold` has made room for."""
-        self._held -= size
-        if size:
-            self._give_back()
+        self._give_back(size, 0)
 
     def read(self, read: Callable[[Service, bytes], _T], service: Service, body: bytes) -> _T:
         """Returns what `read` returns. It decodes the body, and calls `need` for whatever else takes memory.
@@ -67,12 +82,12 @@ class Desk:
         """
         with self._turn:
             try:
-                self._decoded = _PER_BYTE * len(body) + _PER_VALUE * sum(map(body.count, _BETWEEN))
-                self.need(0)
+                self._body = len(body)
+                self._more(_PER_BYTE * len(body) + _PER_VALUE * sum(map(body.count, _BETWEEN)))
                 return read(service, body)
             finally:
-                self._decoded = self._beside = 0
-                self._give_back()
+                self._beside = 0
+                self._give_back(0, self._reads)
 
     def need(self, size: int) -> None:
         """Makes room for `size` bytes beside what the request takes that is being read, until it is read.
@@ -80,32 +95,70 @@ class Desk:
         Raises:
             Problem: there is not enough memory.
         """
-        self._beside = max(size, self._beside)
-        _check(self._borrow().result())
+        if size > self._beside:
+            self._more(size - self._beside)
+            self._beside = size
 
-    def _borrow(self) -> Future[int]:
-        """Borrows as much as is needed now; see `Room.borrow`."""
+    def _more(self, size: int) -> None:
+        try:
+            missing = self._take(0, size).result()
+        except RuntimeError as error:  # the engine has ended
+            raise Problem(503, str(error)) from None
+        _check(missing, max(self._held - _HELD, 0) - max(self._body - _HELD, 0))
+
+    def _size(self, held: int, reads: int) -> int:
+        """Returns how much has to be borrowed if so many bytes are added."""
+        return max(self._held + held - _HELD, 0) + max(self._reads + reads - _READ, 0)
+
+    def _take(self, held: int, reads: int) -> Future[int]:
+        """Adds so many bytes, if there is room for them, and says what is missing."""
         with self._lock:
-            size = max(self._held + self._decoded + self._beside - AT_HAND, 0)
-            if size == self._borrowed:
+            if self._size(held, reads) <= self._borrowed:
+                self._held += held
+                self._reads += reads
                 done: Future[int] = Future()
                 done.set_result(0)
                 return done
-            self._borrowed = size
-            try:
-                return self._batcher.borrow(size)
-            except RuntimeError as error:
-                raise Problem(503, str(error)) from None
+        try:
+            return self._batcher.with_room(lambda room: self._borrow(room, held, reads))
+        except RuntimeError as error:
+            raise Problem(503, str(error)) from None
 
-    def _give_back(self) -> None:
-        if self._borrowed:
-            hardware.trim()
-            with contextlib.suppress(Problem):  # the engine has ended
-                self._borrow()
+    def _borrow(self, room: Room, held: int, reads: int) -> int:
+        with self._lock:
+            size = self._size(held, reads)
+            missing = room.borrow(size)
+            if not missing:
+                self._held += held
+                self._reads += reads
+                self._borrowed = size
+            return missing
+
+    def _give_back(self, held: int, reads: int) -> None:
+        with self._lock:
+            self._held -= held
+            self._reads -= reads
+            if self._size(0, 0) >= self._borrowed:
+                return
+        with contextlib.suppress(RuntimeError):  # the engine has ended
+            self._batcher.with_room(self._shrink)
+
+    def _shrink(self, room: Room) -> None:
+        hardware.trim()
+        self._borrow(room, 0, 0)
+
+    def _undo(self, done: Future[int], size: int) -> None:
+        """Releases what was granted to one that no longer waits for it."""
+        if not done.cancelled() and done.exception() is None and not done.result():
+            self.release(size)
 
 
-def _check(missing: int) -> None:
-    if missing:
+def _check(missing: int, others: int) -> None:
+    """Refuses a request that misses so many bytes, where other requests have borrowed `others`."""
+    if missing > max(others, 0):
         raise Problem(
             413, f"body: reading it takes {-(-missing >> 20)} MiB more memory than --ram leaves"
         )
+    if missing:
+        text = "body: other requests take the memory that reading it takes"
+        raise Problem(503, text, retry_after=_RETRY_AFTER)
