@@ -122,9 +122,8 @@ class Room:
         """
         if not self._is_measured or self._is_steady:
             return 0
-        budget = (
-            self._budget
-        )  # what is reserved may be taken by passes before the memory comes back
+        budget = self._budget
+        # Passes may take all that is reserved before the memory comes back.
         reserved = budget.sequences * budget.kv_bytes(budget.context) + budget.chunk * budget.row
         left = budget.ram - self._base - max(reserved + self._beside, self._counted())
         if size > self._borrowed and left - size < budget.expert:

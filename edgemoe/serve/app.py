@@ -243,7 +243,7 @@ async def body_of(
     said = request.headers.get("content-length", "")
     if said.isdecimal() and int(said) > most:  # without waiting for any of it
         raise too_large
-    body, room = bytearray(), 0
+    body, room, whole = bytearray(), 0, int(said) if said.isdecimal() else most
     stream = request.stream()
     while True:
         try:
@@ -255,7 +255,8 @@ async def body_of(
         if len(body) + len(part) > most:
             raise too_large
         if len(body) + len(part) > room and grow is not None:
-            more = max(room, len(part))  # twice as much, so that few passes are waited for
+            # Twice as much as before, so that few passes are waited for, but not more than there will be.
+            more = max(min(room, whole - room), len(part))
             await grow(more)
             room += more
         body += part
