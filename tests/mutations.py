@@ -173,7 +173,7 @@ MUTATIONS = (
     Mutation("room", "a chunk takes nothing", "edgemoe/runtime/room.py",
              "        return states + self._tokens * self._budget.row", "        return states", ROOM),
     Mutation("room", "the process is never measured", "edgemoe/runtime/room.py",
-             "            self._base = self._measured() - self._counted()", "            pass", ROOM),
+             "            self._base = max(base, self._base) if self._borrowed else base", "            pass", ROOM),
     Mutation("room", "measuring leaves no slack", "edgemoe/runtime/room.py",
              "+ budget.tables + late + budget.slack", "+ budget.tables + late", ROOM),
     Mutation("room", "what is lent stays with the experts", "edgemoe/runtime/room.py",
