@@ -75,7 +75,7 @@ def pick(args: Namespace, *, context: int | None) -> str:
     """
     from edgemoe.errors import OutOfBudget
     from edgemoe.file.format import open_moe
-    from edgemoe.lab.quality.choice import applies, choose, has_chunks, is_plain, stored
+    from edgemoe.lab.quality.choice import OLD_ERRORS, applies, choose, has_chunks, is_plain, stored
     from edgemoe.runtime.opening import room_for_experts
     from edgemoe.runtime.options import EngineOptions
 
@@ -113,7 +113,7 @@ def pick(args: Namespace, *, context: int | None) -> str:
     old = sum(not applies(moe, row) for row in report["rows"])
     again = f"; {old} of its rows no longer hold: {_command(args)} measures again" if old else ""
     if any(applies(moe, row) and not has_chunks(row) for row in report["rows"]):
-        again += "; errors of an earlier version are taken 1.7 times, which they may be"
+        again += f"; standard errors of an earlier version are multiplied by {OLD_ERRORS}"
     return f"--max-quality-loss {args.max_quality_loss}: {_about(found, report)}{again}"
 
 

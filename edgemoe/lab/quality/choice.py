@@ -29,6 +29,7 @@ from edgemoe.store import (
 )
 
 __all__ = [
+    "OLD_ERRORS",
     "Chosen",
     "applies",
     "choose",
@@ -51,7 +52,7 @@ _SURE = 1.645
 From few chunks a standard error is uncertain itself (`edgemoe.lab.quality.loss`), and the sum is less sure.
 """
 
-_INDEPENDENT = 1.7
+OLD_ERRORS = 1.7
 """What the standard errors of earlier versions are multiplied by: the most that chunks added (benchmarks/LOG.md)."""
 
 _COMPARED = ("tokens", "reference", "reference_sections")
@@ -269,7 +270,7 @@ def _bound(row: Row) -> float:
     """Returns an upper bound of the row's loss in ln perplexity, by `_SURE`; 0 for the reference."""
     if row["kl"] is None:
         return 0.0
-    error = row["loss_error"] * (1 if has_chunks(row) else _INDEPENDENT)
+    error = row["loss_error"] * (1 if has_chunks(row) else OLD_ERRORS)
     return float(row["loss_change"] + _SURE * error)
 
 
