@@ -25,18 +25,6 @@ struct Coded {
   explicit Coded(int tiles) : halves{}, scales(size_t(tiles) * kScaleBytes), codes(size_t(tiles) * kTileCodes) {}
 };
 
-/// Brings rows into the order of tiles.
-void tile_rows(const RowBlock& b, Coded* out) {
-  const int groups = b.groups();
-  std::memcpy(out->halves, b.halves, sizeof b.halves);
-  for (int r = 0; r < kTileRows; ++r) {
-    for (int g = 0; g < groups; ++g) out->scales[size_t(g) * kTileRows + r] = b.bytes[size_t(r) * groups + g];
-    for (int c = 0; c < b.cols; ++c) {
-      out->codes[size_t(c / 4) * 64 + r * 4 + c % 4] = b.codes[size_t(r) * b.cols + c];
-    }
-  }
-}
-
 /// Writes the tiles of one rung of a row block.
 void pack_rows(const Coded& b, int width, bool is_base, int shift, uint8_t* out) {
   const Kernels& k = kernels();
@@ -63,117 +51,50 @@ float row_scale(const float* w, int cols) {
   return step * float(kScaleUnit) / 56.0f;
 }
 
-/// Chooses scales and middles group by group, the same for all levels.
-void choose_scales(RowBlock* b, const Objective& o) {
-  // Neighbouring relative scales differ by up to a fourth; another row scale offers all groups other steps.
-  constexpr float kTries[] = {1.0f, 0.96f, 1.04f, 1.08f, 1.13f};
-  const Kernels& k = kernels();
-  const int groups = b->groups();
-  std::vector<uint8_t> bytes(size_t(groups), 0);
-  for (int r = 0; r < kTileRows; ++r) {
-    const float* row = b->w + size_t(r) * b->cols;
-    const float wanted = row_scale(row, b->cols);
-    float least = 0, unit = 0;
-    for (const float factor : kTries) {
-      const float scale = factor * wanted;
-      uint16_t half;
-      float rounded, error = 0;
-      k.to_f16(&scale, 1, &half);
-      k.from_f16(&half, 1, &rounded);
-      for (int g = 0; g < groups; ++g) {
-        float w[kGroup], importance[kGroup] = {};
-        const int n = std::min(kGroup, b->cols - g * kGroup);
-        std::copy_n(row + g * kGroup, n, w);
-        std::copy_n(o.squares + g * kGroup, n, importance);
-        std::fill(w + n, w + kGroup, w[0]);  // padding within the range, of importance 0
-        error += k.choose_scale(w, importance, rounded / float(kScaleUnit), o.level_weights, &bytes[size_t(g)]);
-      }
-      if (factor != kTries[0] && !(error < least)) continue;
-      least = error;
-      unit = rounded / float(kScaleUnit);
-      std::copy(bytes.begin(), bytes.end(), b->bytes.begin() + size_t(r) * groups);
-      for (int s = 0; s < b->num_scales; ++s) b->halves[s][r] = half;
-    }
-    for (int s = 0; s < b->num_scales; ++s) b->units[s][r] = unit;
-    for (size_t at = size_t(r) * groups; at < size_t(r + 1) * groups; ++at) {
-      const uint8_t byte = b->bytes[at];
-      b->steps[at] = float((4 + byte % 4) << (byte % 16 / 4));
-      b->middles[at] = float(kMiddleStep * ((byte >> 4) - 8) - 128);
-    }
-  }
-}
-
-/// The full search: all scales and middles near the one that fits, for each of five row scales; then the codes and,
-/// with moments, their refinement.
-class ThoroughRows {
+/// Quantises sixteen rows at a time. The quick search tries the few scales and middles that usually win, for three row
+/// scales, and rounds the weights. The full search tries all that are near the one that fits, for five row scales; then
+/// it chooses codes for all levels together and, with moments, refines them.
+class RowCoder {
  public:
-  ThoroughRows(int cols, int num_scales, const std::vector<Level>& levels, const Objective& objective)
-      : levels_(levels), objective_(objective), b_{nullptr, cols, num_scales, {}, {}, {}, {}, {}, {}} {
-    b_.steps.resize(size_t(kTileRows) * b_.groups());
-    b_.middles.resize(b_.steps.size());
-    b_.bytes.resize(b_.steps.size());
-    b_.codes.resize(size_t(kTileRows) * cols);
-  }
+  static constexpr int kAtOnce = 2;  ///< row blocks that read the moments together; more would leave the second cache
 
-  void code(const float* w, Coded* out) {
-    b_.w = w;
-    choose_scales(&b_, objective_);
-    round_rows(&b_, levels_);
-    // Without moments a row's scales stay equal: fitted to the weights alone they shrink rows, which costs quality.
-    if (objective_.moments && objective_.sweeps > 0) refine_rows(&b_, levels_, objective_);
-    tile_rows(b_, out);
-  }
-
- private:
-  const std::vector<Level>& levels_;
-  const Objective& objective_;
-  RowBlock b_;
-};
-
-/// The quick search: the few scales and middles that usually win, for three row scales, all rows at once.
-class QuickRows {
- public:
-  QuickRows(int cols, int num_scales, const std::vector<Level>& levels, const Objective& objective)
-      : cols_(cols), groups_(blocks(cols, kGroup)), num_scales_(num_scales) {
+  RowCoder(int cols, int num_scales, const std::vector<Level>& levels, const Objective& objective)
+      : cols_(cols),
+        groups_(blocks(cols, kGroup)),
+        is_thorough_(objective.is_thorough || objective.moments),
+        levels_(levels),
+        num_scales_(num_scales),
+        objective_(objective) {
     columns_.resize(size_t(groups_) * kGroup * kTileRows);
     bytes_.resize(size_t(groups_) * kTileRows);
     importance_.resize(size_t(groups_) * kGroup);  // 0 for padding
     std::copy_n(objective.squares, cols, importance_.begin());
-    for (const Level& level : levels) levels_.push_back({float(1 << (8 - level.bits)), level.weight});
+    for (const Level& level : levels) fit_levels_.push_back({float(1 << (8 - level.bits)), level.weight});
   }
 
-  void code(const float* w, Coded* out) {
-    // The wanted scale, which leaves a margin as middles are rounded, and two steps towards a fourth more, where the
-    // next relative scale lies.
-    constexpr float kTries[] = {1.0f, 1.04f, 1.1f};
-    const Kernels& k = kernels();
-    for (int g = 0; g < groups_; ++g) turn(w, g);
-    float wanted[kTileRows], units[kTileRows] = {}, least[kTileRows] = {};
-    for (int r = 0; r < kTileRows; ++r) wanted[r] = row_scale(w + size_t(r) * cols_, cols_);
-    for (const float factor : kTries) {
-      float tried[kTileRows], errors[kTileRows];
-      uint16_t halves[kTileRows];
-      for (int r = 0; r < kTileRows; ++r) tried[r] = factor * wanted[r];
-      k.to_f16(tried, kTileRows, halves);
-      k.from_f16(halves, kTileRows, tried);
-      for (float& unit : tried) unit /= float(kScaleUnit);
-      k.fit_scales(columns_.data(), groups_, importance_.data(), levels_.data(), int(levels_.size()), tried,
-                   bytes_.data(), errors);
-      for (int r = 0; r < kTileRows; ++r) {
-        if (factor != kTries[0] && !(errors[r] < least[r])) continue;
-        least[r] = errors[r];
-        units[r] = tried[r];
-        for (int s = 0; s < num_scales_; ++s) out->halves[s][r] = halves[r];
-        for (size_t at = size_t(r); at < bytes_.size(); at += kTileRows) out->scales[at] = bytes_[at];
+  /// Quantises `count` row blocks w [count, 16, cols].
+  void code(const float* w, int count, Coded* out) {
+    std::vector<RowBlock> all;
+    all.reserve(size_t(count));
+    for (int i = 0; i < count; ++i, w += size_t(kTileRows) * cols_) {
+      float units[kTileRows];
+      choose_scales(w, units, &out[i]);
+      if (is_thorough_) {
+        all.push_back(with_scales(w, units, out[i]));
+        round_rows(&all.back(), levels_);
+      } else {
+        round(units, &out[i]);
       }
     }
-    k.round_codes(columns_.data(), groups_, units, out->scales.data(), out->codes.data());
-    for (int c = cols_; c < groups_ * kGroup; ++c) {
-      for (int r = 0; r < kTileRows; ++r) out->codes[size_t(c / 4) * 64 + r * 4 + c % 4] = 0;
-    }
+    if (!is_thorough_) return;
+    // Without moments a row's scales stay equal: fitted to the weights alone they shrink rows, which costs quality.
+    if (objective_.moments && objective_.sweeps > 0) refine_rows(all.data(), count, levels_, objective_);
+    for (int i = 0; i < count; ++i) tile_rows(all[i], &out[i]);
   }
 
  private:
+  static size_t tiled(int row, int column) { return size_t(column / 4) * 64 + row * 4 + column % 4; }
+
   /// Transposes a group, so that the 16 rows of a column lie together; padding repeats the first column.
   void turn(const float* w, int g) {
     float* const group = columns_.data() + size_t(g) * kGroup * kTileRows;
@@ -184,11 +105,73 @@ class QuickRows {
     }
   }
 
-  int cols_, groups_, num_scales_;
-  std::vector<float> columns_;     ///< [groups * 16, 16]
+  /// Chooses the rows' scales, the same for all levels, and the scales and middles of their groups. `units` get the
+  /// steps of codes with relative scale 1.
+  void choose_scales(const float* w, float* units, Coded* out) {
+    // Neighbouring relative scales differ by up to a fourth; another row scale offers all groups other steps. The quick
+    // search: the wanted scale, which leaves a margin as middles are rounded, and two steps towards a fourth more.
+    constexpr float kQuick[] = {1.0f, 1.04f, 1.1f}, kThorough[] = {1.0f, 0.96f, 1.04f, 1.08f, 1.13f};
+    const Kernels& k = kernels();
+    for (int g = 0; g < groups_; ++g) turn(w, g);
+    float wanted[kTileRows], least[kTileRows] = {};
+    for (int r = 0; r < kTileRows; ++r) wanted[r] = row_scale(w + size_t(r) * cols_, cols_);
+    for (int i = 0; i < (is_thorough_ ? 5 : 3); ++i) {
+      float tried[kTileRows], errors[kTileRows];
+      uint16_t halves[kTileRows];
+      for (int r = 0; r < kTileRows; ++r) tried[r] = (is_thorough_ ? kThorough[i] : kQuick[i]) * wanted[r];
+      k.to_f16(tried, kTileRows, halves);
+      k.from_f16(halves, kTileRows, tried);
+      for (float& unit : tried) unit /= float(kScaleUnit);
+      k.fit_scales(columns_.data(), groups_, importance_.data(), fit_levels_.data(), int(fit_levels_.size()), tried,
+                   is_thorough_, bytes_.data(), errors);
+      for (int r = 0; r < kTileRows; ++r) {
+        if (i > 0 && !(errors[r] < least[r])) continue;
+        least[r] = errors[r];
+        units[r] = tried[r];
+        for (int s = 0; s < num_scales_; ++s) out->halves[s][r] = halves[r];
+        for (size_t at = size_t(r); at < bytes_.size(); at += kTileRows) out->scales[at] = bytes_[at];
+      }
+    }
+  }
+
+  /// Chooses the code next to each weight.
+  void round(const float* units, Coded* out) const {
+    kernels().round_codes(columns_.data(), groups_, units, out->scales.data(), out->codes.data());
+    for (int c = cols_; c < groups_ * kGroup; ++c) {
+      for (int r = 0; r < kTileRows; ++r) out->codes[tiled(r, c)] = 0;
+    }
+  }
+
+  /// Returns a row block with the scales that were chosen for it, without codes.
+  RowBlock with_scales(const float* w, const float* units, const Coded& chosen) const {
+    RowBlock b{w, cols_, num_scales_, {}, {}, {}, {}, {}};
+    std::memcpy(b.halves, chosen.halves, sizeof b.halves);
+    for (int s = 0; s < num_scales_; ++s) std::copy_n(units, kTileRows, b.units[s]);
+    for (size_t at = 0; at < bytes_.size(); ++at) {
+      const uint8_t byte = chosen.scales[at];
+      b.steps.push_back(float((4 + byte % 4) << (byte % 16 / 4)));
+      b.middles.push_back(float(kMiddleStep * ((byte >> 4) - 8) - 128));
+    }
+    b.codes.resize(size_t(kTileRows) * cols_);
+    return b;
+  }
+
+  void tile_rows(const RowBlock& b, Coded* out) const {
+    std::memcpy(out->halves, b.halves, sizeof b.halves);
+    for (int r = 0; r < kTileRows; ++r) {
+      for (int c = 0; c < cols_; ++c) out->codes[tiled(r, c)] = b.codes[size_t(r) * cols_ + c];
+    }
+  }
+
+  int cols_, groups_;
+  bool is_thorough_;
+  const std::vector<Level>& levels_;
+  int num_scales_;
+  const Objective& objective_;
+  Floats columns_;                 ///< [groups * 16, 16]
   std::vector<float> importance_;  ///< [groups * 16]
   std::vector<uint8_t> bytes_;     ///< [groups, 16] of one try
-  std::vector<FitLevel> levels_;
+  std::vector<FitLevel> fit_levels_;
 };
 
 /// Where the rungs of a matrix go.
@@ -214,24 +197,23 @@ void store(const Coded& coded, int block, int rows, const Rungs& rungs) {
 }
 
 /// Quantises all row blocks. Returns whether every weight was finite and small enough for float16 scales.
-template <class Rows>
-bool code_blocks(ThreadPool& pool, const float* w, int rows, int cols, const Rows& prototype, const Rungs& rungs) {
+bool code_blocks(ThreadPool& pool, const float* w, int rows, int cols, const RowCoder& prototype, const Rungs& rungs) {
   std::atomic<bool> is_sound{true};
-  const int count = blocks(rows, kTileRows);
-  pool.run(count, grain_for(count, pool.size()), [&](int begin, int end) {
-    Rows of_piece = prototype;
-    Coded coded(blocks(cols, kTileCols));
-    std::vector<float> block(size_t(kTileRows) * cols);
-    for (int i = begin; i < end; ++i) {
-      const int present = std::min(kTileRows, rows - i * kTileRows);
-      std::copy_n(w + size_t(i) * kTileRows * cols, size_t(present) * cols, block.begin());
-      std::fill(block.begin() + size_t(present) * cols, block.end(), 0.0f);
+  const int count = blocks(rows, kTileRows), at_once = std::min(RowCoder::kAtOnce, blocks(count, pool.size()));
+  pool.run(count, std::max(at_once, grain_for(count, pool.size())), [&](int begin, int end) {
+    RowCoder of_piece = prototype;
+    std::vector<Coded> coded(size_t(at_once), Coded(blocks(cols, kTileCols)));
+    Floats some(size_t(at_once) * kTileRows * cols);
+    for (int i = begin; i < end; i += at_once) {
+      const int num = std::min(at_once, end - i), present = std::min(num * kTileRows, rows - i * kTileRows);
+      std::copy_n(w + size_t(i) * kTileRows * cols, size_t(present) * cols, some.begin());
+      std::fill(some.begin() + size_t(present) * cols, some.end(), 0.0f);
       int unsound = 0;
-      for (const float x : block) unsound += !(std::fabs(x) < 65504.0f);
+      for (const float x : some) unsound += !(std::fabs(x) < 65504.0f);
       if (unsound) is_sound.store(false, std::memory_order_relaxed);
       if (!is_sound.load(std::memory_order_relaxed)) return;
-      of_piece.code(block.data(), &coded);
-      store(coded, i, rows, rungs);
+      of_piece.code(some.data(), num, coded.data());
+      for (int block = 0; block < num; ++block) store(coded[size_t(block)], i + block, rows, rungs);
     }
   });
   return is_sound;
@@ -282,9 +264,7 @@ void quantize_nested(ThreadPool& pool, const float* w, int rows, int cols, const
     if (scaled >> r & 1) std::memset(outs[r], 0, row_scale_bytes(rows));
   }
   const Rungs rungs{widths, scaled, outs};
-  const bool is_sound = objective.is_thorough || objective.moments
-                            ? code_blocks(pool, w, rows, cols, ThoroughRows(cols, num_scales, levels, objective), rungs)
-                            : code_blocks(pool, w, rows, cols, QuickRows(cols, num_scales, levels, objective), rungs);
+  const bool is_sound = code_blocks(pool, w, rows, cols, RowCoder(cols, num_scales, levels, objective), rungs);
   if (!is_sound) throw std::invalid_argument("quantize: a weight is not finite, or too large for float16 scales");
 }
 

@@ -1,21 +1,13 @@
 #include "refine.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 
 namespace edgemoe {
 namespace {
 
 constexpr int kFits = 2;  ///< rounds of fitting row scales and codes in turn
-
-/// The value that the top `bits` bits of a code stand for, in steps of the 8-bit code.
-inline float position(int code, int bits) {
-  const int shift = 8 - bits;
-  return (float(code >> shift) + 0.5f) * float(1 << shift);
-}
-
-/// The code below a position; 0 for NaN, as when a gradient overflows.
-inline int code_at(float position) { return int(std::min(std::max(0.0f, position), 255.0f)); }
 
 /// The weights of a row's levels where errors are measured in steps of a code: the levels' weights times the squares of
 /// the ratios of their row scales to the first.
@@ -26,62 +18,40 @@ void weights_of_row(const RowBlock& b, const std::vector<Level>& levels, int row
   }
 }
 
-/// The code with the least sum of weight * (target - position)^2 over the levels, each with its own target; of several
-/// such codes the lowest.
-///
-/// The best code lies between the lowest and the highest target. For each code of the last level but one, the best code
-/// of the last level is known, so only those are tried: outwards from the last level's target to either side, until the
-/// last level's error alone is too large.
-int best_code(const std::vector<Level>& levels, const float* weights, const float* targets) {
-  const int n = int(levels.size()), last = 8 - levels[n - 1].bits;
-  const int shift = n > 1 ? 8 - levels[n - 2].bits : 8;  // without an earlier level: all codes at once
-  float low = targets[0], high = targets[0];
-  for (int i = 1; i < n; ++i) {
-    low = std::min(low, targets[i]);
-    high = std::max(high, targets[i]);
+/// The levels as the kernels take them, with each row's weights.
+std::array<CodeLevel, 8> code_levels(const RowBlock& b, const std::vector<Level>& levels) {
+  std::array<CodeLevel, 8> out{};
+  float weights[8];
+  for (size_t i = 0; i < levels.size(); ++i) {
+    out[i].bits = levels[i].bits;
+    out[i].moments = levels[i].moments;
   }
-  const int first = code_at(low - 1) >> shift, end = code_at(high + 1) >> shift;
-  const int nearest = code_at(targets[n - 1]) >> last;  // of the last level, in its own units
-  const int middle = std::min(std::max(nearest >> (shift - last), first), end);
-  int best = 0;
-  float least = 0;
-  const auto is_worth_it = [&](int parent, bool is_below) {
-    const int from = parent << (shift - last), to = ((parent + 1) << (shift - last)) - 1;
-    const int code = std::min(std::max(nearest, from), to) << last;
-    float d = targets[n - 1] - position(code, levels[n - 1].bits);
-    const float of_last = weights[n - 1] * (d * d);
-    if (parent != middle && of_last > least) return false;
-    float error = 0;
-    for (int i = 0; i < n - 1; ++i) {
-      d = targets[i] - position(code, levels[i].bits);
-      error += weights[i] * (d * d);
+  for (int r = 0; r < kTileRows; ++r) {
+    weights_of_row(b, levels, r, weights);
+    for (size_t i = 0; i < levels.size(); ++i) out[i].weights[r] = weights[i];
+  }
+  return out;
+}
+
+/// Sets the levels' scales to those of a group.
+void set_scales(const RowBlock& b, const std::vector<Level>& levels, int group, CodeLevel* out) {
+  for (size_t i = 0; i < levels.size(); ++i) {
+    for (int r = 0; r < kTileRows; ++r) {
+      out[i].scales[r] = b.units[levels[i].scale][r] * b.steps[size_t(group) * kTileRows + r];
     }
-    error += of_last;
-    if (parent == middle || error < least || (is_below && error == least)) {
-      least = error;
-      best = code;
-    }
-    return true;
-  };
-  is_worth_it(middle, false);
-  for (int parent = middle - 1; parent >= first && is_worth_it(parent, true); --parent) {
   }
-  for (int parent = middle + 1; parent <= end && is_worth_it(parent, false); ++parent) {
-  }
-  return best;
 }
 
 /// The weight that a code stands for at a level.
 inline float decoded(const RowBlock& b, const Level& level, int row, int column) {
-  const size_t group = size_t(row) * b.groups() + column / kGroup;
+  const size_t group = size_t(column / kGroup) * kTileRows + row;
   const uint8_t code = b.codes[size_t(row) * b.cols + column];
-  return b.units[level.scale][row] * b.steps[group] * (position(code, level.bits) + b.middles[group]);
+  return b.units[level.scale][row] * b.steps[group] * (position_of(code, level.bits) + b.middles[group]);
 }
 
 /// Sets each row scale to its least-squares value over the levels that share it, by their weights, and `gains` to the
 /// factors by which scales changed. `seen` [levels, 16, cols] is Wb moments, with Wb the decoded weights.
-void fit_row_scales(RowBlock* b, const std::vector<Level>& levels, const std::vector<float>& seen,
-                    float (*gains)[kTileRows]) {
+void fit_row_scales(RowBlock* b, const std::vector<Level>& levels, const Floats& seen, float (*gains)[kTileRows]) {
   const Kernels& k = kernels();
   for (int r = 0; r < kTileRows; ++r) {
     double wanted[kMaxRungs] = {}, have[kMaxRungs] = {};
@@ -111,110 +81,175 @@ void fit_row_scales(RowBlock* b, const std::vector<Level>& levels, const std::ve
   }
 }
 
-/// Sets one code after the other to the one with which the error of the output is least, given all others: coordinate
-/// descent on the sum over levels of weight * E moments E^T, with E = Wb - W and the level's moments. `gradients`
-/// [levels, 16, cols] are E moments.
-void descend(RowBlock* b, const std::vector<Level>& levels, const Objective& o, std::vector<float>* gradients) {
-  const Kernels& k = kernels();
-  const int cols = b->cols, groups = b->groups(), n = int(levels.size());
-  const size_t level_size = size_t(kTileRows) * cols;
-  float of_rows[kTileRows][8];
-  for (int r = 0; r < kTileRows; ++r) weights_of_row(*b, levels, r, of_rows[r]);
-  bool is_done[kTileRows] = {};  // where a sweep moved nothing, the next one would not either
-  for (int sweep = 0; sweep < o.sweeps; ++sweep) {
-    bool moved[kTileRows] = {};
-    for (int c = 0; c < cols; ++c) {
-      const size_t diagonal = size_t(c) * cols + c;
-      float inverses[8], shares[8];  // shares: a level's mean square over the first level's, the unit of the weights
-      for (int i = 0; i < n; ++i) {
-        inverses[i] = 1 / levels[i].moments[diagonal];
-        shares[i] = levels[i].moments == levels[0].moments ? 1 : levels[i].moments[diagonal] * inverses[0];
-      }
+/// The refinement of one row block: coordinate descent over codes on the sum over levels of weight * E moments E^T,
+/// with E = Wb - W and the level's moments, and fits of the row scales.
+class Refinement {
+ public:
+  Refinement(RowBlock* b, const std::vector<Level>& levels)
+      : b_(b), levels_(levels), level_size_(size_t(kTileRows) * b->cols), gradients_(levels.size() * level_size_) {
+    errors_.resize(gradients_.size());
+    for (size_t i = 0; i < levels.size(); ++i) {
       for (int r = 0; r < kTileRows; ++r) {
-        const float step = b->steps[size_t(r) * groups + c / kGroup];
-        if (is_done[r] || !(b->units[0][r] * step > 0)) continue;
-        uint8_t& code = b->codes[size_t(r) * cols + c];
-        float* gradient = gradients->data() + size_t(r) * cols;
-        float targets[8], weights[8];
-        for (int i = 0; i < n; ++i) {
-          const float slope = gradient[i * level_size + c], scale = b->units[levels[i].scale][r] * step;
-          targets[i] = position(code, levels[i].bits) - slope * inverses[i] / scale;
-          weights[i] = of_rows[r][i] * shares[i];
+        for (int c = 0; c < b->cols; ++c) {
+          const size_t at = size_t(r) * b->cols + c;
+          errors_[i * level_size_ + at] = decoded(*b, levels[i], r, c) - b->w[at];
         }
-        const int best = best_code(levels, weights, targets);
-        if (best == code) continue;
-        moved[r] = true;
-        for (int i = 0; i < n; ++i) {
-          const float move = position(best, levels[i].bits) - position(code, levels[i].bits);
-          const float scale = b->units[levels[i].scale][r] * step;
-          const float* products = levels[i].moments + size_t(c) * cols;
-          if (move != 0) k.add_scaled(products, move * scale, cols, gradient + i * level_size);
-        }
-        code = uint8_t(best);
       }
     }
-    for (int r = 0; r < kTileRows; ++r) is_done[r] = !moved[r];
+  }
+
+  /// Makes the gradients E moments of 16 columns from `first` on.
+  void start_gradients(int first) {
+    for (size_t i = 0; i < levels_.size(); ++i) {
+      times_moments(levels_[i], &errors_[i * level_size_], first, &gradients_[i * level_size_]);
+    }
+  }
+
+  /// The same for W moments, which fits need.
+  void start_whole(int first) {
+    whole_.resize(gradients_.size());
+    for (size_t i = 0; i < levels_.size(); ++i) {
+      float* const out = &whole_[i * level_size_];
+      if (i > 0 && levels_[i].moments == levels_[i - 1].moments) {
+        for (int r = 0; r < kTileRows; ++r) {
+          const size_t at = size_t(r) * b_->cols + first;
+          std::copy_n(out + at - level_size_, std::min(kTileRows, b_->cols - first), out + at);
+        }
+      } else {
+        times_moments(levels_[i], b_->w, first, out);
+      }
+    }
+  }
+
+  void start_descent() {
+    of_kernel_ = code_levels(*b_, levels_);
+    is_done_ = 0;
+  }
+
+  void start_sweep() { moved_ = 0; }
+  void end_sweep() { is_done_ = ~moved_ & 0xffff; }  // where a sweep moved nothing, the next one would not either
+
+  /// Sets each code of a group to the one with which the error of the output is least, given all others. Within the
+  /// group the kernel keeps what it needs of the gradients; the rest of a row follows after it.
+  void descend(int group) {
+    set_scales(*b_, levels_, group, of_kernel_.data());
+    unsigned skipped = is_done_;
+    for (int r = 0; r < kTileRows; ++r) {
+      const float scale = b_->units[0][r] * b_->steps[size_t(group) * kTileRows + r];
+      skipped |= unsigned(!(scale > 0)) << r;
+    }
+    if (skipped == 0xffff) return;
+    const int first = group * kGroup, count = std::min(kGroup, b_->cols - first);
+    float moves[8 * kTileRows * kGroup] = {};
+    const unsigned changed = kernels().descend_group(of_kernel_.data(), int(levels_.size()), b_->cols, first, count,
+                                                     skipped, gradients_.data(), b_->codes.data(), moves);
+    if (changed) follow(first, moves);
+    moved_ |= changed;
+  }
+
+  void fit_scales() {
+    float gains[kMaxRungs][kTileRows];
+    Floats& seen = errors_;
+    for (size_t at = 0; at < seen.size(); ++at) seen[at] = gradients_[at] + whole_[at];
+    fit_row_scales(b_, levels_, seen, gains);
+    for (size_t row = 0; row < levels_.size() * kTileRows; ++row) {
+      const float gain = gains[levels_[row / kTileRows].scale][row % kTileRows];
+      const size_t end = (row + 1) * size_t(b_->cols);
+      for (size_t at = end - b_->cols; at < end; ++at) gradients_[at] = gain * seen[at] - whole_[at];
+    }
+  }
+
+ private:
+  void times_moments(const Level& level, const float* rows, int first, float* out) const {
+    const int cols = b_->cols, end = std::min(first + kTileRows, cols);
+    kernels().matmul_f32(level.moments, rows, kTileRows, cols, cols, first, end, out);
+  }
+
+  /// The gradients follow what moved in a group of columns from `first` on.
+  void follow(int first, const float* moves) {
+    constexpr int kStretch = 512;  // columns at a time, for which a group's rows of the moments stay in the cache
+    const Kernels& k = kernels();
+    const int rows = int(levels_.size()) * kTileRows, cols = b_->cols;
+    uint8_t moved[8 * kTileRows][kGroup];
+    float by[8 * kTileRows][kGroup];
+    int counts[8 * kTileRows];
+    for (int at = 0; at < rows; ++at) {
+      counts[at] = 0;
+      for (int c = 0; c < kGroup; ++c) {
+        const float move = moves[at * kGroup + c];
+        if (move == 0) continue;
+        moved[at][counts[at]] = uint8_t(c);
+        by[at][counts[at]++] = move;
+      }
+    }
+    for (int c = 0; c < cols; c += kStretch) {
+      for (int at = 0; at < rows; ++at) {
+        if (counts[at] == 0) continue;
+        const float* products = levels_[at / kTileRows].moments + size_t(first) * cols + c;
+        k.add_scaled_rows(products, size_t(cols), moved[at], by[at], counts[at], std::min(kStretch, cols - c),
+                          &gradients_[size_t(at) * cols + c]);
+      }
+    }
+  }
+
+  RowBlock* b_;
+  const std::vector<Level>& levels_;
+  size_t level_size_;
+  Floats gradients_, errors_, whole_;  ///< [levels, 16, cols]
+  std::array<CodeLevel, 8> of_kernel_{};
+  unsigned is_done_ = 0, moved_ = 0;
+};
+
+/// Descends through the columns of all blocks side by side, so that a group's rows of the moments are read once.
+void descend(std::vector<Refinement>* all, int groups, int sweeps) {
+  for (Refinement& one : *all) one.start_descent();
+  for (int sweep = 0; sweep < sweeps; ++sweep) {
+    for (Refinement& one : *all) one.start_sweep();
+    for (int g = 0; g < groups; ++g) {
+      for (Refinement& one : *all) one.descend(g);
+    }
+    for (Refinement& one : *all) one.end_sweep();
   }
 }
 
 }  // namespace
 
 void round_rows(RowBlock* b, const std::vector<Level>& levels) {
-  for (int r = 0; r < kTileRows; ++r) {
-    float weights[8];
-    weights_of_row(*b, levels, r, weights);
-    for (int c = 0; c < b->cols; ++c) {
-      const size_t at = size_t(r) * b->cols + c, group = size_t(r) * b->groups() + c / kGroup;
-      float targets[8];
-      for (size_t i = 0; i < levels.size(); ++i) {
-        const float scale = b->units[levels[i].scale][r] * b->steps[group];
-        targets[i] = (scale > 0 ? b->w[at] / scale : 0) - b->middles[group];
+  const Kernels& k = kernels();
+  auto of_kernel = code_levels(*b, levels);
+  float weights[8][kTileRows], targets[8][kTileRows];
+  for (size_t i = 0; i < levels.size(); ++i) std::copy_n(of_kernel[i].weights, kTileRows, weights[i]);
+  for (int c = 0; c < b->cols; ++c) {
+    if (c % kGroup == 0) set_scales(*b, levels, c / kGroup, of_kernel.data());
+    for (size_t i = 0; i < levels.size(); ++i) {
+      for (int r = 0; r < kTileRows; ++r) {
+        const float scale = of_kernel[i].scales[r], w = b->w[size_t(r) * b->cols + c];
+        targets[i][r] = (scale > 0 ? w / scale : 0) - b->middles[size_t(c / kGroup) * kTileRows + r];
       }
-      b->codes[at] = uint8_t(best_code(levels, weights, targets));
     }
+    int codes[kTileRows];
+    k.best_codes(of_kernel.data(), int(levels.size()), weights[0], targets[0], codes);
+    for (int r = 0; r < kTileRows; ++r) b->codes[size_t(r) * b->cols + c] = uint8_t(codes[r]);
   }
 }
 
-void refine_rows(RowBlock* b, const std::vector<Level>& levels, const Objective& o) {
-  const Kernels& k = kernels();
-  const int cols = b->cols, n = int(levels.size());
-  const size_t level_size = size_t(kTileRows) * cols;
-  std::vector<float> errors(size_t(n) * level_size), gradients(errors.size()), whole;
-  for (int i = 0; i < n; ++i) {
-    for (int r = 0; r < kTileRows; ++r) {
-      for (int c = 0; c < cols; ++c) {
-        const size_t at = size_t(r) * cols + c;
-        errors[i * level_size + at] = decoded(*b, levels[i], r, c) - b->w[at];
-      }
-    }
-  }
+void refine_rows(RowBlock* blocks, int count, const std::vector<Level>& levels, const Objective& o) {
+  const int cols = blocks[0].cols, groups = blocks[0].groups();
+  std::vector<Refinement> all;
+  all.reserve(size_t(count));
+  for (int i = 0; i < count; ++i) all.emplace_back(&blocks[i], levels);
   // A few rows of the moments at a time, which stay in the cache for all rows and levels.
-  const auto times_moments = [&](const Level& level, const float* rows, int begin, float* out) {
-    k.matmul_f32(level.moments, rows, kTileRows, cols, cols, begin, std::min(begin + kTileRows, cols), out);
-  };
   for (int c = 0; c < cols; c += kTileRows) {
-    for (int i = 0; i < n; ++i) times_moments(levels[i], &errors[i * level_size], c, &gradients[i * level_size]);
+    for (Refinement& one : all) one.start_gradients(c);
   }
-  descend(b, levels, o, &gradients);
-  if (b->num_scales < 2) return;
-  whole.resize(errors.size());  // W moments
-  for (int i = 0; i < n; ++i) {
-    if (i > 0 && levels[i].moments == levels[i - 1].moments) {
-      std::copy_n(&whole[(i - 1) * level_size], level_size, &whole[i * level_size]);
-    } else {
-      for (int c = 0; c < cols; c += kTileRows) times_moments(levels[i], b->w, c, &whole[i * level_size]);
-    }
+  descend(&all, groups, o.sweeps);
+  if (blocks[0].num_scales < 2) return;
+  for (int c = 0; c < cols; c += kTileRows) {
+    for (Refinement& one : all) one.start_whole(c);
   }
   for (int round = 0; round < kFits; ++round) {
-    float gains[kMaxRungs][kTileRows];
-    std::vector<float>& seen = errors;
-    for (size_t at = 0; at < seen.size(); ++at) seen[at] = gradients[at] + whole[at];
-    fit_row_scales(b, levels, seen, gains);
-    for (size_t at = 0; at < seen.size(); ++at) {
-      const float gain = gains[levels[at / level_size].scale][at % level_size / size_t(cols)];
-      gradients[at] = gain * seen[at] - whole[at];
-    }
-    descend(b, levels, o, &gradients);
+    for (Refinement& one : all) one.fit_scales();
+    descend(&all, groups, o.sweeps);
   }
 }
 

@@ -15,6 +15,7 @@ struct Avx2 {
   };
   using B = I;
   static constexpr int kTokensAtOnce = 3;
+  static constexpr int kFloatTokens = 1;
   static constexpr int kKeyVectors = 1;
   static constexpr int kHeadVectors = 1;
 

@@ -11,6 +11,7 @@ struct Avx512 {
   using I = __m512i;
   using B = __m512i;
   static constexpr int kTokensAtOnce = 4;
+  static constexpr int kFloatTokens = 4;
   static constexpr int kKeyVectors = 2;
   static constexpr int kHeadVectors = 4;
 

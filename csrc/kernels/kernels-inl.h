@@ -299,53 +299,6 @@ inline void store_part(float* out, typename V::F value, int n) {
 }
 
 template <class V>
-float choose_scale(const float* w, const float* importance, float unit, const float* level_weights, uint8_t* chosen) {
-  constexpr int kAround = 2;  // candidates on each side of the one that fits
-  const auto v = V::load(w), weight = V::load(importance);
-  float low = w[0], high = w[0];
-  for (int i = 1; i < kGroup; ++i) {
-    low = w[i] < low ? w[i] : low;
-    high = w[i] > high ? w[i] : high;
-  }
-  *chosen = 0x80;
-  if (!(unit > 0)) return 0;
-  const float furthest = -low > high ? -low : high;
-  int fitting = 0;  // the least scale that reaches from low to high, and `furthest` from zero
-  for (; fitting < 15; ++fitting) {
-    const float scale = unit * float((4 + fitting % 4) << (fitting / 4));
-    if (scale * 255 >= high - low && scale * float(127 + 7 * kMiddleStep) >= furthest) break;
-  }
-  float best = -1;
-  for (int a = fitting - kAround; a <= fitting + kAround; ++a) {
-    if (a < 0 || a > 15) continue;
-    const float scale = unit * float((4 + a % 4) << (a / 4)), inverse = 1 / scale;
-    const float middle = (0.5f * low + 0.5f * high) * inverse / float(kMiddleStep) + 8;
-    const int nearest = middle < 0 ? 0 : middle > 15 ? 15 : int(middle + 0.5f);
-    for (int m = nearest - kAround; m <= nearest + kAround; ++m) {
-      if (m < 0 || m > 15) continue;
-      // In steps of the 8-bit code, whose value q stands for q + 0.5.
-      const auto x = V::fma(v, V::set(inverse), V::set(128.0f - float(kMiddleStep * (m - 8))));
-      const auto q = V::min(V::max(V::round(V::sub(x, V::set(0.5f))), V::zero()), V::set(255.0f));
-      auto acc = V::zero();
-      for (int b = 1; b <= 8; ++b) {
-        if (level_weights[b - 1] == 0) continue;
-        const float step = float(1 << (8 - b));
-        // floor(q / step), as the nearest integer below the middle of the bin.
-        const auto c = V::round(V::fma(V::add(q, V::set(0.5f)), V::set(1.0f / step), V::set(-0.5f)));
-        const auto d = V::sub(V::mul(V::add(c, V::set(0.5f)), V::set(step)), x);
-        acc = V::fma(V::mul(d, V::set(level_weights[b - 1])), d, acc);
-      }
-      const float error = scale * scale * V::reduce_add(V::mul(acc, weight));
-      if (best < 0 || error < best) {
-        best = error;
-        *chosen = uint8_t(a | m << 4);
-      }
-    }
-  }
-  return best;
-}
-
-template <class V>
 void quantize_row(const float* x, int cols, int8_t* codes, float* scales, float* sums) {
   const int parts = blocks(cols, kTileCols) * kScales;
   for (int p = 0; p < parts; ++p, codes += kActivations, sums += kActivations / kGroup) {
@@ -370,35 +323,47 @@ void quantize_row(const float* x, int cols, int8_t* codes, float* scales, float*
   }
 }
 
-/// y[r] = w[r] · x for N rows at once, whose sums do not wait for each other.
-template <class V, int N>
-inline void dot_rows(const float* w, const float* x, int cols, float* y) {
-  typename V::F acc[N];
-  for (auto& a : acc) a = V::zero();
-  int c = 0;
-  for (; c + 16 <= cols; c += 16) {
-    const auto b = V::load(x + c);
-    for (int r = 0; r < N; ++r) acc[r] = V::fma(V::load(w + size_t(r) * cols + c), b, acc[r]);
+/// y[t][r] = w[r] · x[t] for N rows and T tokens at once, whose sums do not wait for each other; y's rows are `stride`
+/// floats apart.
+template <class V, int N, int T>
+inline void dot_rows(const float* w, const float* x, int cols, float* y, size_t stride) {
+  typename V::F acc[T][N];
+  for (auto& of_token : acc) {
+    for (auto& a : of_token) a = V::zero();
   }
-  if (c < cols) {
-    const auto b = load_part<V>(x + c, cols - c, 0.0f);
-    for (int r = 0; r < N; ++r) {
-      acc[r] = V::fma(load_part<V>(w + size_t(r) * cols + c, cols - c, 0.0f), b, acc[r]);
+  const auto step = [&](int c, int count) {
+    typename V::F rows[N];
+    for (int r = 0; r < N; ++r) rows[r] = load_part<V>(w + size_t(r) * cols + c, count, 0.0f);
+    for (int t = 0; t < T; ++t) {
+      const auto b = load_part<V>(x + size_t(t) * cols + c, count, 0.0f);
+      for (int r = 0; r < N; ++r) acc[t][r] = V::fma(rows[r], b, acc[t][r]);
     }
+  };
+  int c = 0;
+  for (; c + 16 <= cols; c += 16) step(c, 16);
+  if (c < cols) step(c, cols - c);
+  for (int t = 0; t < T; ++t) {
+    for (int r = 0; r < N; ++r) y[t * stride + r] = V::reduce_add(acc[t][r]);
   }
-  for (int r = 0; r < N; ++r) y[r] = V::reduce_add(acc[r]);
+}
+
+/// The products of T tokens.
+template <class V, int T>
+inline void dot_tokens(const float* w, const float* x, int rows, int cols, int begin, int end, float* y) {
+  constexpr int kRows = 4;
+  int r = begin;
+  for (; r + kRows <= end; r += kRows) dot_rows<V, kRows, T>(w + size_t(r) * cols, x, cols, y + r, size_t(rows));
+  for (; r < end; ++r) dot_rows<V, 1, T>(w + size_t(r) * cols, x, cols, y + r, size_t(rows));
 }
 
 template <class V>
 void matmul_f32(const float* w, const float* x, int n, int rows, int cols, int begin, int end, float* y) {
-  constexpr int kRows = 4;
-  for (int i = 0; i < n; ++i) {
-    const float* b = x + size_t(i) * cols;
-    float* out = y + size_t(i) * rows;
-    int r = begin;
-    for (; r + kRows <= end; r += kRows) dot_rows<V, kRows>(w + size_t(r) * cols, b, cols, out + r);
-    for (; r < end; ++r) dot_rows<V, 1>(w + size_t(r) * cols, b, cols, out + r);
+  constexpr int kTokens = V::kFloatTokens;  // whose sums of 4 rows fit the registers
+  int i = 0;
+  for (; i + kTokens <= n; i += kTokens) {
+    dot_tokens<V, kTokens>(w, x + size_t(i) * cols, rows, cols, begin, end, y + size_t(i) * rows);
   }
+  for (; i < n; ++i) dot_tokens<V, 1>(w, x + size_t(i) * cols, rows, cols, begin, end, y + size_t(i) * rows);
 }
 
 template <class V>
@@ -541,6 +506,30 @@ void add_scaled(const float* x, float scale, int n, float* out) {
   }
 }
 
+/// The sums of one stretch of N vectors, which stay in registers for all rows.
+template <class V, int N>
+inline void add_scaled_stretch(const float* x, size_t stride, const uint8_t* rows, const float* scales, int count,
+                               float* out) {
+  typename V::F sums[N];
+  for (int j = 0; j < N; ++j) sums[j] = V::load(out + 16 * j);
+  for (int k = 0; k < count; ++k) {
+    const float* row = x + rows[k] * stride;
+    const auto scale = V::set(scales[k]);
+    for (int j = 0; j < N; ++j) sums[j] = V::fma(V::load(row + 16 * j), scale, sums[j]);
+  }
+  for (int j = 0; j < N; ++j) V::store(out + 16 * j, sums[j]);
+}
+
+template <class V>
+void add_scaled_rows(const float* x, size_t stride, const uint8_t* rows, const float* scales, int count, int n,
+                     float* out) {
+  int i = 0;
+  for (; i + 64 <= n; i += 64) add_scaled_stretch<V, 4>(x + i, stride, rows, scales, count, out + i);
+  for (; i + 16 <= n; i += 16) add_scaled_stretch<V, 1>(x + i, stride, rows, scales, count, out + i);
+  if (i == n) return;
+  for (int k = 0; k < count; ++k) add_scaled<V>(x + rows[k] * stride + i, scales[k], n - i, out + i);
+}
+
 template <class V>
 void rope(float* x, const float* cos, const float* sin, int head_dim) {
   const int half = head_dim / 2;
@@ -615,8 +604,9 @@ namespace {
 template <class V>
 constexpr Kernels make_kernels(const char* name) {
   return Kernels{name,
-                 choose_scale<V>,
                  fit_scales<V>,
+                 best_codes<V>,
+                 descend_group<V>,
                  round_codes<V>,
                  pack_rung<V>,
                  quantize_row<V>,
@@ -635,6 +625,7 @@ constexpr Kernels make_kernels(const char* name) {
                  soft_cap<V>,
                  softmax<V>,
                  add_scaled<V>,
+                 add_scaled_rows<V>,
                  rope<V>,
                  to_f16<V>,
                  from_f16<V>,

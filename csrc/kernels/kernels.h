@@ -333,6 +333,20 @@ struct FitLevel {
   float weight;  ///< how much its squared error counts
 };
 
+/// The value that the top `bits` bits of a code stand for, in steps of the 8-bit code.
+static inline float position_of(int code, int bits) {
+  const int shift = 8 - bits;
+  return (float(code >> shift) + 0.5f) * float(1 << shift);
+}
+
+/// A level that the codes of 16 rows are chosen for, in one group of columns.
+struct CodeLevel {
+  int bits;
+  const float* moments;      ///< [cols, cols], by which the level's error is measured
+  float weights[kTileRows];  ///< how much each row's squared error counts, in steps of a code
+  float scales[kTileRows];   ///< the step of a code with 8 bits, for each row
+};
+
 /// A matrix in codes of 4 bits with a scale per row: w = scale * (code - 7.5). A block of kTileRows rows has 64 bytes
 /// for every 8 columns, four per row; their lower halves are the first four columns.
 struct RoundedTiles {
@@ -346,16 +360,25 @@ struct RoundedTiles {
 struct Kernels {
   const char* name;
 
-  /// Chooses the byte of scale and middle of 16 weights: the one with the least sum, over levels and weights, of
-  /// level_weights[b - 1] * importance * squared error at b bits. Padding has importance 0. `unit` is the step of a
-  /// code with relative scale 1. Returns that sum.
-  float (*choose_scale)(const float* w, const float* importance, float unit, const float* level_weights,
-                        uint8_t* chosen);
-
-  /// The same for 16 rows at once, with fewer tries: `columns` [groups * 16, 16] has the rows of a column together, and
-  /// `importance` is [groups * 16], `units` [16]. Writes `bytes` [groups, 16] and `errors` [16], sums over the groups.
+  /// Chooses the bytes of scale and middle of 16 rows, for groups of 16 columns: those with the least sum, over levels
+  /// and weights, of the level's weight * importance * squared error. `columns` [groups * 16, 16] has the rows of a
+  /// column together, and `importance` is [groups * 16], 0 for padding. `units` [16] is the step of a code with
+  /// relative scale 1. Tries 8 bytes of each group, or 25 if it `is_thorough`. Writes `bytes` [groups, 16] and `errors`
+  /// [16], sums over the groups.
   void (*fit_scales)(const float* columns, int groups, const float* importance, const FitLevel* levels, int num_levels,
-                     const float* units, uint8_t* bytes, float* errors);
+                     const float* units, bool is_thorough, uint8_t* bytes, float* errors);
+
+  /// Sets each of 16 codes to the one of 8 bits with the least sum of weight * (target - position)^2 over the levels;
+  /// of several such codes to the lowest. The position of a code at b bits is the middle of what its first b bits leave
+  /// open. Weights and targets are [num_levels, 16], and the levels' bits ascend.
+  void (*best_codes)(const CodeLevel* levels, int num_levels, const float* weights, const float* targets, int* codes);
+
+  /// Coordinate descent through columns [first, first + count) of one group: sets the code of each column in turn to
+  /// the best, given the gradients, which follow within the group. `codes` are [16, cols]; `gradients` [num_levels, 16,
+  /// cols] are only read. `moves` [num_levels, 16, 16] gets how far the weight of each row and column moved; columns
+  /// from `count` on are left as they are. Rows with a bit in `skipped` stay. Returns the rows whose codes changed.
+  unsigned (*descend_group)(const CodeLevel* levels, int num_levels, int cols, int first, int count, unsigned skipped,
+                            const float* gradients, uint8_t* codes, float* moves);
 
   /// Writes the nearest codes for these scales, in the layout of tiles: `codes` [groups * 4, 64].
   void (*round_codes)(const float* columns, int groups, const float* units, const uint8_t* bytes, uint8_t* codes);
@@ -410,6 +433,10 @@ struct Kernels {
 
   /// out[i] += scale * x[i].
   void (*add_scaled)(const float* x, float scale, int n, float* out);
+
+  /// The same for several rows x[rows[k]], `stride` floats apart, one after the other.
+  void (*add_scaled_rows)(const float* x, size_t stride, const uint8_t* rows, const float* scales, int count, int n,
+                          float* out);
 
   /// Rotates one head of `head_dim` values in place (half-split layout).
   void (*rope)(float* x, const float* cos, const float* sin, int head_dim);

@@ -17,6 +17,7 @@ struct Neon {
     uint8x16_t v[4];
   };
   static constexpr int kTokensAtOnce = 4;
+  static constexpr int kFloatTokens = 1;
   static constexpr int kKeyVectors = 1;
   static constexpr int kHeadVectors = 1;
 

@@ -18,6 +18,7 @@ struct Scalar {
     uint8_t v[64];
   };
   static constexpr int kTokensAtOnce = 1;
+  static constexpr int kFloatTokens = 1;
   static constexpr int kKeyVectors = 1;
   static constexpr int kHeadVectors = 1;
 

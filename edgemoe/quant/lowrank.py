@@ -8,6 +8,7 @@ it is stored.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -18,12 +19,14 @@ from numpy.typing import NDArray
 from edgemoe import _core
 from edgemoe.quant.correction import basis_codes, factor_codes, with_correction
 
-__all__ = ["Directions", "directions"]
+__all__ = ["Directions", "aligned", "directions"]
 
 Array = NDArray[np.float32]
 
+_LINE = 16  # numbers of a cache line
 _MORE = 8  # extra vectors in the subspace iteration, which make the last wanted ones accurate
 _ROUNDS = 4  # of subspace iteration
+_SOME = 32  # rows of products at a time, so that they stay in the cache as float64
 _BLOCK = 256  # rows that are decoded at a time
 _DAMPING = 1e-4  # of the mean square, so that errors in the directions of V still cost something
 
@@ -62,7 +65,10 @@ class Directions:
         values, turn = np.linalg.eigh(_dot(seen, v))
         held = values > 1e-9 * max(values[-1], 1e-30)
         told = np.einsum("jr,jc->rc", turn[:, held] / np.sqrt(values[held]), seen)
-        out = np.asarray(moments - np.einsum("ra,rb->ab", told, told), np.float32)
+        out = aligned(moments.shape)
+        for first in range(0, len(out), _SOME):
+            rows = slice(first, first + _SOME)
+            out[rows] = moments[rows] - np.einsum("ra,rb->ab", told[:, rows], told)
         np.fill_diagonal(out, np.maximum(out.diagonal(), 0) + np.float32(_DAMPING))
         return out
 
@@ -108,6 +114,13 @@ class Directions:
         return with_correction(rungs, factors, self.basis[: self.stored] if self.stored else None)
 
 
+def aligned(shape: tuple[int, ...]) -> Array:
+    """Returns an uninitialised array that begins at a cache line, where products of its rows are twice as fast."""
+    room = np.empty(math.prod(shape) + _LINE - 1, np.float32)
+    first = -(room.ctypes.data // room.itemsize) % _LINE
+    return room[first : first + math.prod(shape)].reshape(shape)
+
+
 def directions(moments: Array, rank: int) -> NDArray[np.int8]:
     """Returns V [rank, n] for mean products [n, n], as it is stored.
 
@@ -124,5 +137,9 @@ def directions(moments: Array, rank: int) -> NDArray[np.int8]:
 
 def _dot(a: NDArray[np.floating], b: NDArray[np.floating]) -> NDArray[np.floating]:
     """Returns a b^T. Not by BLAS, whose threads would wait for each other longer than so few rows take."""
-    out: NDArray[np.floating] = np.einsum("ik,jk->ij", a, b)
-    return out
+    kind = np.result_type(a, b)
+    a = a.astype(kind, copy=False)
+    parts = (
+        b[first : first + _BLOCK].astype(kind, copy=False) for first in range(0, len(b), _BLOCK)
+    )
+    return np.concatenate([np.einsum("ik,jk->ij", a, part) for part in parts], axis=1)

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from edgemoe import _core
 from edgemoe.file.tensors import is_finite
-from edgemoe.quant.lowrank import Directions
+from edgemoe.quant.lowrank import Directions, aligned
 
 __all__ = [
     "DEFAULT_LADDER",
@@ -118,7 +118,7 @@ def quantize(
             than the ladder; then the codes are those of a longer ladder.
         directions: V of the levels' corrections, which are appended to their rungs; None for no corrections. Needs
             mean products.
-        thorough: tries all of some 25 scales and middles, for five scales of each row. It takes twelve times as long
+        thorough: tries all of some 25 scales and middles, for five scales of each row. It takes five times as long
             and leaves 0.4% less error (benchmarks/LOG.md). With a full matrix of second moments that is done anyway.
         threads: how many the core uses.
 
@@ -143,7 +143,7 @@ def quantize(
         if mean > 0:
             squares = np.asarray(diagonal / mean + _DAMPING, np.float32)
             if is_full:
-                moments = np.asarray(second_moments / mean, np.float32)
+                moments = np.divide(second_moments, mean, out=aligned(second_moments.shape))
                 np.fill_diagonal(moments, squares)
     level_weights = _level_weights(ladder, favour, is_compensated=moments is not None)
     rest, corrected = None, 0

@@ -627,6 +627,22 @@ std::vector<float> results_of(const Kernels& k, const std::vector<float>& x) {
   k.add_scaled(other.data(), 0.7f, n, y.data()), next();
   k.rms_norm(x.data(), other.data(), 1e-5f, n, y.data()), next();
   k.matmul_f32(other.data(), x.data(), 1, 1, n, 0, 1, y.data()), next();
+  const int side = std::min(n, 5);
+  std::vector<float> products(size_t(side) * side);
+  k.matmul_f32(other.data(), x.data(), side, side, n / side, 0, side, products.data());
+  keep(products);
+  const std::vector<uint8_t> rows{1, 0, 1};
+  k.add_scaled_rows(other.data(), size_t(n / 2), rows.data(), x.data(), std::min(n, 3), n - n / 2, y.data()), next();
+  std::vector<float> weights(3 * kTileRows), targets(3 * kTileRows);
+  for (size_t i = 0; i < targets.size(); ++i) {
+    weights[i] = std::fabs(other[i % x.size()]);
+    targets[i] = 100 + 40 * x[(i * 7) % x.size()];
+  }
+  std::array<CodeLevel, 3> levels{};
+  for (int i = 0; i < 3; ++i) levels[size_t(i)].bits = 2 + 2 * i;
+  std::vector<int> chosen(kTileRows);
+  k.best_codes(levels.data(), 3, weights.data(), targets.data(), chosen.data());
+  keep(chosen);
   for (const Activation kind :
        {Activation::kSwiglu, Activation::kGeglu, Activation::kClampedSwiglu, Activation::kRelu2}) {
     k.activate(kind, other.data(), x.data(), n, y.data()), next();

@@ -23,6 +23,7 @@ from edgemoe.quant import (
     quantize,
     write_calibration,
 )
+from edgemoe.quant.lowrank import Directions, directions
 
 LADDER = (2, 3, 4, 6, 8)
 WIDTHS = plane_widths(LADDER)
@@ -64,6 +65,11 @@ def exact_weights(rows, cols):
     x = (np.arange(rows * cols, dtype=np.uint32) * np.uint32(2654435761)) >> np.uint32(8)
     u = x.astype(np.float32) / np.float32(2**24) - np.float32(0.5)
     return (u * np.abs(u)).reshape(rows, cols)
+
+
+def decaying(cols):
+    """Returns products of inputs that are exact: 2^-d for columns that are d apart."""
+    return np.exp2(-np.abs(np.subtract.outer(np.arange(cols), np.arange(cols)))).astype(np.float32)
 
 
 def objective(w, codes, steps, middles, importance):
@@ -121,6 +127,48 @@ def test_scales_and_middles_are_near_the_best_of_all_256(thorough):
 )
 def test_the_full_search_makes_the_bytes_that_it_always_made(options, expected):
     rungs = quantize(exact_weights(40, 200), thorough=True, **options)
+    assert " ".join(f"{_core.crc32c(rung):08x}" for rung in rungs) == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"thorough": True}, "9d16ae93 8216e503 5428edd9 12c33aee 03437d47"),
+        (
+            {
+                "second_moments": np.exp2(np.arange(200) % 16 - 8).astype(np.float32),
+                "favour": 1,
+                "thorough": True,
+            },
+            "9cd4d275 553fb255 867fab85 778f548c 7ec0769a",
+        ),
+        (
+            {"second_moments": decaying(200), "favour": 1, "row_scales": ROW_SCALES},
+            "38e90a37 f60c0072 cbe93d3e 1a7aab05 80fa51c3",
+        ),
+    ],
+    ids=["plain", "favoured", "moments"],
+)
+def test_weights_far_from_zero_get_the_bytes_that_they_always_got(options, expected):
+    """No middle reaches them, so only the last few are worth trying."""
+    rungs = quantize(exact_weights(40, 200) + np.float32(0.5), **options)
+    assert " ".join(f"{_core.crc32c(rung):08x}" for rung in rungs) == expected
+
+
+@pytest.mark.parametrize(
+    ("corrected", "expected"),
+    [
+        (0, "6f93489a ba3f6a62 32e5bde8 6f6f8733 96cab629"),
+        (0b111, "0f5e4e00 8994feec 890b4a5a a8ba381b d0545b66"),
+    ],
+)
+def test_the_descent_makes_the_bytes_that_it_always_made(corrected, expected):
+    moments = decaying(200)
+    rest = np.where(np.eye(200) > 0, moments, -moments / 4) if corrected else None
+    rungs = _core.quantize(
+        exact_weights(40, 200), WIDTHS, ROW_SCALES, LEVEL_WEIGHTS, np.ones(200, np.float32),
+        moments, 3, False, 2, rest, corrected,
+    )  # fmt: skip
     assert " ".join(f"{_core.crc32c(rung):08x}" for rung in rungs) == expected
 
 
@@ -270,6 +318,8 @@ def searches(rows, cols):
     yield {"second_moments": np.diagonal(moments).copy()}
     yield {"thorough": True}
     yield {"second_moments": moments, "row_scales": ROW_SCALES}
+    corrections = Directions(directions(moments, 8), (8, 8, 8, 0, 0), stored=8)
+    yield {"second_moments": moments, "row_scales": ROW_SCALES, "directions": corrections}
 
 
 def test_threads_do_not_change_the_codes():
