@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,9 @@ from edgemoe.quant.lowrank import Directions, directions
 
 __all__ = ["Coder", "sums_of"]
 
+_AT_ONCE = 2
+"""Matrices of an expert that are quantised side by side. Some steps use one thread, and leave the others to the other
+matrix."""
 _LOOKED_UP = 0.3  # look-ups' share of a tied embedding's error; 0.1 to 0.6 did as well
 
 
@@ -45,7 +49,8 @@ class Coder:
             favoured: the level whose error matters most, as a number of rungs; None to weigh all levels alike.
             favours_own: favour the last level that each expert has instead.
             calibration: statistics of the inputs of the matrices.
-            threads: CPU threads; 0 for the default of `edgemoe.hardware`.
+            threads: CPU threads for a matrix; 0 for the default of `edgemoe.hardware`. With more than one, two matrices
+                of an expert are quantised side by side.
             reading: called with how many layers' input products have been read for the corrections, and the total.
 
         Raises:
@@ -75,7 +80,8 @@ class Coder:
         if array.shape != spec.shape:
             raise FormatError(f"{name}: expected shape {spec.shape}, got {array.shape}")
         if spec.kind == "nested":
-            return self._quantize(name, array, self._layout.ladder, self._favoured)
+            moments = self._second_moments(name)
+            return self._quantize(name, array, self._layout.ladder, self._favoured, moments)
         if not np.isfinite(array).all():
             raise FormatError(f"{name}: a value is not finite")
         flat = np.ascontiguousarray(array, np.float32).reshape(-1)
@@ -97,25 +103,38 @@ class Coder:
         name = f"experts.{layer}.{index}"
         if name not in self._layout.places:
             raise FormatError(f"{name}: not an expert of this model")
-        rungs = []
         levels = len(self._layout.places[name].sizes)
         favour = levels if self._favours_own else self._favoured and min(self._favoured, levels)
-        for part, w, shape, ladder in zip(
-            MATRICES, (gate, up, down), self._layout.config.expert_shapes,
-            zip(*self._layout.expert_ladder, strict=True), strict=True,
-        ):  # fmt: skip
-            if w.shape != shape:
-                raise FormatError(f"{name}.{part}: expected shape {shape}, got {w.shape}")
-            nothing = [np.empty(0, np.uint8)] * levels  # the rungs of an absent gate
-            rungs.append(
-                self._quantize(f"{name}.{part}", w, ladder[:levels], favour) if len(w) else nothing
+
+        matrices = dict(zip(MATRICES, (gate, up, down), strict=True))
+        for part, shape in zip(MATRICES, self._layout.config.expert_shapes, strict=True):
+            if matrices[part].shape != shape:
+                found = matrices[part].shape
+                raise FormatError(f"{name}.{part}: expected shape {shape}, got {found}")
+        ladders = zip(*self._layout.expert_ladder, strict=True)
+        inputs = self._second_moments(f"{name}.up")  # those of the gate too
+
+        def rungs_of(part: str, ladder: Sequence[int]) -> list[NDArray[np.uint8]]:
+            if not len(matrices[part]):
+                return [np.empty(0, np.uint8)] * levels  # the rungs of an absent gate
+            moments = self._second_moments(f"{name}.down") if part == "down" else inputs
+            return self._quantize(
+                f"{name}.{part}", matrices[part], ladder[:levels], favour, moments
             )
+
+        with ThreadPoolExecutor(min(_AT_ONCE, self._threads), "quantize") as pool:
+            # As a list here: after an error or Ctrl-C, matrices that are still to come are left out.
+            rungs = list(pool.map(rungs_of, MATRICES, ladders))
         return [np.concatenate(parts) for parts in zip(*rungs, strict=True)]
 
     def _quantize(
-        self, name: str, w: NDArray[np.float32], ladder: Sequence[int], favour: int | None
+        self,
+        name: str,
+        w: NDArray[np.float32],
+        ladder: Sequence[int],
+        favour: int | None,
+        moments: NDArray[np.float32] | None,
     ) -> list[NDArray[np.uint8]]:
-        moments = self._second_moments(name)
         try:
             return self._scheme.of(name).quantize(
                 np.ascontiguousarray(w, np.float32),
