@@ -1,4 +1,4 @@
-"""Planted mistakes in looking up rows, recording work, sketches, pruning and saved prefixes; see tests/mutations.py."""
+"""Planted mistakes in looked-up rows, recorded work, sketches, pruning, prefixes and codes; see tests/mutations.py."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ NOTES = ("tests/runtime/test_repeated_layers.py",)
 SKETCH = ("tests/convert/test_sketch.py",)
 PRUNE = ("tests/convert/test_prune.py",)
 PREFIXES = ("tests/runtime/test_prefixes.py",)
+CODES = ("tests/quant/test_quantize.py",)
 
 ROWS = (
     # ------------------------------------------------------------ rows that are looked up in the file
@@ -70,4 +71,22 @@ ROWS = (
              'if meta.get("edgemoe_prefix") != _VERSION or meta', "if meta", PREFIXES),
     Mutation("prefixes", "bits of single matrices do not matter", "edgemoe/runtime/prefixes.py",
              '        most = "" if tensor.most is None else tensor.most\n', '        most = ""\n', PREFIXES),
+    # ------------------------------------------------------------ the choice of codes
+    Mutation("codes", "later columns of a group do not follow", "csrc/kernels/quantize-inl.h",
+             "      if (!any) continue;\n", "      if (any >= 0) continue;\n", CODES),
+    Mutation("codes", "other groups do not follow", "csrc/refine.cpp",
+             "    if (changed) follow(first, moves);\n", "", CODES),
+    Mutation("codes", "gradients keep the scales of before", "csrc/refine.cpp",
+             "gain * seen[at] - whole_[at]", "seen[at] - whole_[at]", CODES),
+    Mutation("codes", "codes are searched upwards only", "csrc/kernels/quantize-inl.h",
+             "for (int step = -1; step <= 1; step += 2)", "for (int step = 1; step <= 1; step += 2)", CODES),
+    Mutation("codes", "a row that moved is done", "csrc/refine.cpp",
+             "is_done_ = ~moved_ & 0xffff;", "is_done_ = moved_;", CODES),
+    Mutation("codes", "the full search tries no smaller scale", "csrc/kernels/quantize-inl.h",
+             "kBelow = kThorough ? 2 : 0,", "kBelow = 0,", CODES),
+    Mutation("codes", "two row blocks get the codes of the first", "csrc/quantize.cpp",
+             "store(coded[size_t(block)], i + block,", "store(coded[0], i + block,", CODES),
+    Mutation("codes", "far from zero there is one middle", "csrc/kernels/quantize-inl.h",
+             "V::add(V::min(V::max(middle, V::zero()), V::set(15)), V::set(0.5f))",
+             "V::add(middle, V::set(0.5f))", CODES),
 )  # fmt: skip
