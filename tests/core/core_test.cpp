@@ -345,6 +345,44 @@ void test_objectives_that_are_none_are_refused() {
   run(weights, std::vector<float>(moments.size(), 3e38f), squares);
 }
 
+/// The quick search, the full one and the descent choose the same codes by every instruction set, for any threads.
+void test_instruction_sets_choose_the_same_codes() {
+  const int rows = 40, cols = 70;
+  const std::vector<uint8_t> widths = {2, 1, 1, 2, 2};
+  const float weights[8] = {0, 20, 16, 28, 0, 512, 0, 8192};
+  std::mt19937 rng(29);
+  std::normal_distribution<float> normal;
+  std::vector<float> w(size_t(rows) * cols), moments(size_t(cols) * cols), rest, squares(size_t(cols), 1.0f);
+  for (float& x : w) x = 0.02f * normal(rng) + 0.01f;
+  for (int i = 0; i < cols; ++i) {
+    for (int j = 0; j < cols; ++j) moments[size_t(i) * cols + j] = 1 / float(1 << std::min(std::abs(i - j), 30));
+  }
+  rest = moments;
+  for (float& x : rest) x = x < 1 ? -x / 4 : x;
+  const Objective objectives[] = {{weights, nullptr, nullptr, 0, squares.data(), 0, false},
+                                  {weights, nullptr, nullptr, 0, squares.data(), 0, true},
+                                  {weights, moments.data(), nullptr, 0, squares.data(), 3, false},
+                                  {weights, moments.data(), rest.data(), 7, squares.data(), 3, false}};
+  for (const Objective& objective : objectives) {
+    std::vector<std::vector<uint8_t>> expected;
+    for (const std::string& name : instruction_sets()) {
+      use_isa(name.c_str());
+      for (const int threads : {1, num_threads}) {
+        ThreadPool pool(threads);
+        std::vector<std::vector<uint8_t>> rungs;
+        std::vector<uint8_t*> outs;
+        for (size_t r = 0; r < widths.size(); ++r) {
+          rungs.emplace_back(rung_bytes(Scheme::kNested, rows, cols, {widths[r], r == 0, r < 2}));
+          outs.push_back(rungs.back().data());
+        }
+        quantize_nested(pool, w.data(), rows, cols, widths, {1, 1, 0, 0, 0}, objective, outs);
+        if (expected.empty()) expected = rungs;
+        CHECK(rungs == expected);
+      }
+    }
+  }
+}
+
 /// Uses keep their order and stay finite however many tokens a pass has.
 void test_uses_after_long_passes() {
   for (const int tokens : {1, 64, 60000, 65536, 10000000}) {
@@ -816,6 +854,7 @@ int main(int argc, char** argv) {
   }
   test_instruction_sets_agree(file);
   test_instruction_sets_agree_on_what_is_no_number();
+  test_instruction_sets_choose_the_same_codes();
   test_mwq_agrees();
   test_corrections_agree();
   std::printf("core_test (%s; CRC-32C by %s): %s\n", usable_isas(), crc32c_has_instruction() ? "instruction" : "table",
