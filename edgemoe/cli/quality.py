@@ -34,6 +34,9 @@ __all__ = ["main"]
 
 _PROG = "edgemoe quality"
 
+_FEW = 10
+"""Fewer chunks than this leave the errors of their means very uncertain: a fourth for ten."""
+
 _EPILOG = """\
 The text is cut into chunks and the second half of each is scored, as llama.cpp's
 llama-perplexity does. KL is the mean divergence from the reference's predictions,
@@ -136,6 +139,8 @@ def _run(args: argparse.Namespace) -> int:
             rows.append(_row(trial, size, quality, moe))
             say(quality_line(rows[-1]))
     note(f"# {about}; {sample.positions} positions")
+    if (count := len(sample.windows)) < _FEW:
+        note(f"# {count} chunk(s): too few to trust the standard errors")
     if args.json is not None:
         text = json.dumps({"command": sys.argv, **report}, indent=1)
         write_whole(args.json, f"{text}\n".encode())
