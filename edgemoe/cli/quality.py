@@ -27,7 +27,7 @@ from edgemoe.file.whole import write_whole
 
 if TYPE_CHECKING:
     from edgemoe.file.format import MoeFile
-    from edgemoe.lab.quality.quality import Quality, Trial
+    from edgemoe.lab.quality.quality import Quality, Sample, Trial
     from edgemoe.lab.report.levels import Level
 
 __all__ = ["main"]
@@ -138,9 +138,7 @@ def _run(args: argparse.Namespace) -> int:
             size = bits_per_weight(with_dense_bits(moe, trial), average, trial.dense_bits)
             rows.append(_row(trial, size, quality, moe))
             say(quality_line(rows[-1]))
-    note(f"# {about}; {sample.positions} positions")
-    if (count := len(sample.windows)) < _FEW:
-        note(f"# {count} chunk(s): too few to trust the standard errors")
+    _note_sample(about, sample)
     if args.json is not None:
         text = json.dumps({"command": sys.argv, **report}, indent=1)
         write_whole(args.json, f"{text}\n".encode())
@@ -176,6 +174,12 @@ def _warn_of_replaced(moe: MoeFile, report: Mapping[str, Any]) -> None:
             f"# --store will replace {len(before['rows'])} rows that cannot be compared with these: "
             f"{before['measured_on']}"
         )
+
+
+def _note_sample(about: str, sample: Sample) -> None:
+    note(f"# {about}; {sample.positions} positions")
+    if (count := len(sample.windows)) < _FEW:
+        note(f"# {count} chunk(s): too few to trust the standard errors")
 
 
 def _check(args: argparse.Namespace) -> None:
