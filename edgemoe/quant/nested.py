@@ -118,8 +118,9 @@ def quantize(
             than the ladder; then the codes are those of a longer ladder.
         directions: V of the levels' corrections, which are appended to their rungs; None for no corrections. Needs
             mean products.
-        thorough: tries all of some 25 scales and middles, for five scales of each row. It takes five times as long
-            and leaves 0.4% less error (benchmarks/LOG.md). With a full matrix of second moments that is done anyway.
+        thorough: tries all of some 25 scales and middles, for five scales of each row. It takes three to four times as
+            long and leaves 0.4% less error (benchmarks/LOG.md). With a full matrix of second moments, that is done
+            anyway.
         threads: how many the core uses.
 
     Raises:
