@@ -15,7 +15,7 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import hypothesis
 import pytest
 
-from edgemoe import _core
+from edgemoe import _core, hardware
 
 hypothesis.settings.register_profile("same", derandomize=True)  # the same cases every time
 hypothesis.settings.load_profile("same")
@@ -38,6 +38,12 @@ def isas():
     before = _core.isa()
     yield _core.usable_isas().split()
     _core.use_isa(before)
+
+
+@pytest.fixture
+def small_process(monkeypatch) -> None:
+    """Budgets count a process as small as a program's own; that of the tests grows with what others load."""
+    monkeypatch.setattr(hardware, "process_bytes", lambda: 50 << 20)
 
 
 @pytest.fixture(scope="session")

@@ -122,6 +122,7 @@ def test_rm_removes_what_is_named_and_asks(kept: Path, capfd) -> None:
     assert capfd.readouterr().err == "edgemoe rm: demo: no such model\n"  # which one may mean, too
 
 
+@pytest.mark.usefixtures("small_process")
 def test_show_and_others_take_names(kept: Path, capfd) -> None:
     assert main(["show", "one"]) == 0
     assert capfd.readouterr().out.startswith("one.moe: qwen2_moe")

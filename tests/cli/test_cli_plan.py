@@ -15,7 +15,6 @@ from served import measured_file
 from tiny import tokenizer_files
 
 import edgemoe
-from edgemoe import hardware
 from edgemoe.cli.main import main
 from edgemoe.cli.speeds import rate_text
 from edgemoe.convert.convert import convert
@@ -33,6 +32,8 @@ MIB = 1 << 20
 
 PACE = Pace(memory=40e9, kernels={2: 10e9, 4: 20e9, 8: 35e9}, layer_s=50e-6)
 
+pytestmark = pytest.mark.usefixtures("small_process")
+
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -48,7 +49,6 @@ def _measured_once(cache: Path, monkeypatch) -> None:
 @pytest.fixture
 def half(tiny_moe: Path, monkeypatch) -> tuple[str, ...]:
     """The arguments for a plan in which about half of the experts are in memory."""
-    monkeypatch.setattr(hardware, "process_bytes", lambda: 50 << 20)
     monkeypatch.setattr(Forecast, "lent", lambda self, row: row.resident)
     least = Forecast(tiny_moe, context=64).smallest(8).budget
     ram = least.ram - least.room + least.experts // 2

@@ -244,6 +244,7 @@ def stop_at(*at):
     return stop, seen
 
 
+@pytest.mark.usefixtures("small_process")
 @pytest.mark.parametrize("full", [True, False])
 def test_a_run_that_was_interrupted_goes_on(tiny_moe, made, tmp_path, full):
     """It goes on after the last layer that was done, whatever the memory. Both layers have n windows."""

@@ -258,6 +258,7 @@ def test_what_choices_have_alike_is_computed_once(tiny_moe, windows, monkeypatch
     assert np.array_equal(loss(mixes), alone)
 
 
+@pytest.mark.usefixtures("small_process")
 def test_what_is_made_of_predictions_is_counted(tmp_path, monkeypatch):
     """Predictions take most of the memory here. The count has them, the engine, and the activations between layers."""
     path = tmp_path / "x.moe"
@@ -566,6 +567,7 @@ def test_command(tiny_moe, calibrated, tmp_path, capsys, monkeypatch):
         assert what in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("small_process")
 def test_command_that_is_interrupted(tiny_moe, calibrated, tmp_path, capsys, monkeypatch):
     text, out = tmp_path / "text.txt", tmp_path / "x.json"
     text.write_text(TEXT)
