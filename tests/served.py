@@ -82,8 +82,11 @@ def running(path, **how):
         server.close()
 
 
-def started(*flags):
-    """Starts `edgemoe serve` in a process; returns the process and its port, once it listens."""
+def started(*flags, said=None):
+    """Starts `edgemoe serve` in a process; returns the process and its port, once it listens.
+
+    The lines before that are added to the list `said`.
+    """
     process = subprocess.Popen(
         [sys.executable, "-c", "from edgemoe.cli.entry import edgemoe as e; raise SystemExit(e())", "serve", *flags],
         stderr=subprocess.PIPE, text=True, env={**os.environ, "EDGEMOE_THREADS": "1"},
@@ -91,6 +94,8 @@ def started(*flags):
     for line in process.stderr:
         if " at http://" in line:
             return process, int(line.rpartition("/v1")[0].rpartition(":")[2])
+        if said is not None:
+            said.append(line)
     raise AssertionError(process.wait())
 
 

@@ -15,7 +15,7 @@ from edgemoe.cli.names import choose_model, fetched, model_path
 from edgemoe.cli.options import serve_parser
 from edgemoe.cli.run import set_up_logging
 from edgemoe.cli.scheduling import options_text, read_settings
-from edgemoe.errors import OutOfBudget
+from edgemoe.errors import OutOfBudget, size_text
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -135,6 +135,9 @@ def _run(args: Namespace, settings: Settings) -> int:
             note(f"# {line}")
         if model.notes and known:
             note(f"# {known}")
+        if args.cache_ram > model.room.spare:
+            left = size_text(max(model.room.spare, 0))
+            note(f"# --cache-ram: {left} at most, as one expert and full contexts need the rest")
         if args.warm:
             note(f"# warm: {model.warm() / 2**20:.0f} MiB of experts")
         sampling = dataclasses.replace(opened.text.sampling, **sampling_flags(args))

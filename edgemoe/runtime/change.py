@@ -39,6 +39,7 @@ def change(model: Model, **wanted: Any) -> bool:
     Raises:
         ValueError: the option cannot be changed, or not to this value; the model is as it was.
         FormatError: a section of the file does not fit the scheduler, or the file was replaced; likewise.
+        OutOfBudget: there is no room to read them; likewise.
     """
     for name in wanted:
         if name not in CHANGEABLE:
@@ -87,6 +88,7 @@ def _sections(model: Model) -> dict[str, bytes]:
 
     Raises:
         FormatError: another file has its name now.
+        OutOfBudget: there is no room for them.
     """
     if not model.sections_bytes:
         return {}

@@ -53,7 +53,7 @@ class TextEngine(Protocol):
         """How replies are sampled unless said otherwise."""
 
     def lend(self, size: int) -> None:
-        """Frees `size` bytes of the budget for the caller, until the next `generate`."""
+        """Frees `size` bytes of the budget for the caller, until the next `generate`; or raises OutOfBudget."""
 
     def generate(
         self, ids: Sequence[int], params: SamplingParams, *, constraint: Constraint | None = None
@@ -181,6 +181,7 @@ class Chat:
         Raises:
             ValueError: `text` is not a string, the conversation does not fit the context (`TooLong`), or the template
                 refuses it. Apart from the type of `text`, errors are raised by the first step and not by the call.
+            OutOfBudget: there is no memory to tokenize the conversation.
         """
         return self._answer(self.pieces(text))
 
@@ -297,6 +298,7 @@ class Chat:
         Raises:
             ValueError: the conversation is empty, or the template refuses it.
             TooLong: it does not fit the context.
+            OutOfBudget: there is no memory for it.
         """
         text = "".join(m["content"] for m in messages)
         self._check_length(text)

@@ -186,7 +186,7 @@ class Engine:
         return out
 
     def lend(self, size: int) -> None:
-        """Frees `size` bytes of the budget for the caller, until the next call; then experts may use them again."""
+        """Frees `size` bytes of the budget for the caller, until the next call; raises OutOfBudget if it lacks them."""
         size = whole("size", size, 0)
         with self._held.alone():
             self.model.room.lend(size)

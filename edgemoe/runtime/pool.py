@@ -95,14 +95,18 @@ class PrefixPool:
         if any(covers(model, kept, prefix, is_whole=is_whole) for kept in self._kept):
             return
         if prefix.size > self._most:
-            if self._below is not None:
-                self._below.put(prefix)
+            self._spill(prefix)
             return
         self._kept = [
             kept for kept in self._kept if not covers(model, prefix, kept, is_whole=is_whole)
         ]
         self._drop(self._most - prefix.size)
-        self._model.room.keep(self.size + prefix.size + beside)
+        while self._model.room.keep(self.size + prefix.size + beside):
+            if not self._kept:  # not even it alone fits
+                self._model.room.keep(beside)
+                self._spill(prefix)
+                return
+            self._drop(self.size - 1)
         self._kept.append(prefix.copy())
 
     def _add(self, prefix: Prefix) -> None:
@@ -113,6 +117,8 @@ class PrefixPool:
     def _drop(self, most: int) -> None:
         """Moves the oldest prefixes to disk, or drops them, until the rest takes at most `most` bytes."""
         while self.size > most:
-            oldest = self._kept.pop(0)
-            if self._below is not None:
-                self._below.put(oldest)
+            self._spill(self._kept.pop(0))
+
+    def _spill(self, prefix: Prefix) -> None:
+        if self._below is not None:
+            self._below.put(prefix)

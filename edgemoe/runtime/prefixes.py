@@ -31,7 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import edgemoe
-from edgemoe.errors import FormatError
+from edgemoe.errors import FormatError, OutOfBudget
 from edgemoe.file.summed import SummedFile, write_summed
 from edgemoe.model import SequenceState
 from edgemoe.runtime.model import Model
@@ -148,6 +148,7 @@ def fill(
         beside: the most bytes that `part` allocates at a time; experts make room for them.
 
     Raises:
+        OutOfBudget: there is no room for them.
         FormatError, KeyError: a part does not fit this sequence. Then the sequence must be rewound to the start before
             it is used again.
     """
@@ -307,7 +308,7 @@ class PrefixStore:
         try:
             self._write(path, prefix)
             found = path.stat()
-        except OSError as error:
+        except (OSError, OutOfBudget) as error:
             if not self._is_full:  # logged once, as only time is lost
                 logger.warning("a prefix of %d tokens is not saved: %s", len(ids), error)
             self._is_full = True
@@ -327,7 +328,7 @@ class PrefixStore:
 
         Raises:
             ValueError: the name is not valid, or the sequence holds nothing that can be saved.
-            OSError: the file cannot be written; an earlier one stays.
+            OSError, OutOfBudget: the file cannot be written; an earlier one stays.
         """
         path, prefix = self._named(name), Prefix.of(state)
         if prefix is None or not len(prefix.ids):
@@ -341,7 +342,7 @@ class PrefixStore:
         Raises:
             ValueError: the name is not valid.
             FormatError: the file is missing, damaged, or of another model or settings; the sequence is then empty.
-            OSError: the file cannot be read; likewise.
+            OSError, OutOfBudget: the file cannot be read; likewise.
         """
         path = self._named(name)
         state.rewind(0)
@@ -363,7 +364,7 @@ class PrefixStore:
             state.rewind(0)
             text = str(error) if isinstance(error, FormatError) else "it makes no sense"
             raise FormatError(text.replace(f"{self._folder}/", "")) from None
-        except OSError:
+        except (OSError, OutOfBudget):
             state.rewind(0)
             raise
         return size
@@ -386,7 +387,7 @@ class PrefixStore:
     def restore(self, entry: _Entry, state: SequenceState) -> int:
         """Restores a sequence from a file; returns how many tokens it holds then, 0 if the file is damaged.
 
-        A damaged file is removed, with a line in the log.
+        A damaged file is removed, with a line in the log. One that there is no room to read stays.
         """
         length = len(entry.ids)
         try:
@@ -397,10 +398,11 @@ class PrefixStore:
             fill(self._model, state, entry.ids, entry.turned, file.tensor, beside)
             os.utime(entry.path)
             entry.used = entry.path.stat().st_mtime
-        except (FormatError, OSError, KeyError, ValueError) as error:
+        except (FormatError, OSError, OutOfBudget, KeyError, ValueError) as error:
             logger.warning("a saved prefix of %d tokens is computed again: %s", length, error)
             state.rewind(0)
-            self._remove(entry)
+            if not isinstance(error, OutOfBudget):
+                self._remove(entry)
             return 0
         return length
 

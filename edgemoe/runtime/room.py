@@ -7,6 +7,7 @@ import time
 from weakref import WeakSet
 
 from edgemoe import _core, hardware
+from edgemoe.errors import OutOfBudget, size_text
 from edgemoe.model import Batch, SequenceState
 from edgemoe.runtime.budget import Budget
 from edgemoe.runtime.context import KV_STEP
@@ -62,6 +63,11 @@ class Room:
         """Bytes that the slots may take now."""
         return self._size
 
+    @property
+    def spare(self) -> int:
+        """Bytes that can be borrowed or kept beside what is already, though passes take all that is reserved."""
+        return self._spare(self._reserved())
+
     def hold(self) -> None:
         """Fixes the slots at the size that the budget reserved for them, from now on."""
         if not self._is_steady:
@@ -87,9 +93,7 @@ class Room:
             is_due = self._taken(hardware.process_bytes()) > self._base + taken + _NOISE
         self._is_lent = False
         if is_due:
-            base = self._measured() - taken
-            # How much of what is borrowed is in use is not known: until it comes back, only growth is certain.
-            self._base = max(base, self._base) if self._borrowed else base
+            self._measure(taken)
         for part in grown:
             self._reach(part.state, part.state.length + part.count)
         self._tokens = max(tokens, self._tokens)
@@ -106,32 +110,48 @@ class Room:
         state.reach = min(-(-length // KV_STEP) * KV_STEP, state.capacity)
 
     def lend(self, size: int) -> None:
-        """Takes `size` bytes from the slots until the next pass.
+        """Takes `size` bytes from the slots until the next pass, in place of what the last call took.
 
-        Does nothing until the first reply: until then `Budget.growth` covers it.
+        Until the first reply, and where slots keep their size, `Budget.growth` is there for them.
+
+        Raises:
+            OutOfBudget: the budget does not leave as many; nothing has changed.
         """
-        if self._is_measured and not self._is_steady and self._singles > _WARM_TOKENS:
+        if not self._is_measured:
+            return
+        is_grown = self._singles > _WARM_TOKENS and not self._is_steady
+        beyond = size if is_grown else size - self._budget.growth
+        if beyond <= 0:
+            return
+        taken = self._counted()
+        if beyond > self._spare(taken) and is_grown:
+            self._measure(taken + self._borrowed)
+        spare = self._spare(self._reserved() if self._is_steady else taken)
+        if beyond > spare:
+            there = max(spare + size - beyond, 0)
+            raise OutOfBudget(
+                f"this takes {size_text(size)} of memory for a while, of which the budget leaves {size_text(there)}"
+            )
+        if not self._is_steady:
             self._is_lent = True
-            self._resize(self._left(size))
+            self._resize(self._left(beyond))
 
     def borrow(self, size: int) -> int:
         """Takes `size` bytes from the slots until `borrow(0)`, in place of what the last call took.
 
         Returns:
-            How many bytes are missing, as one expert has to fit; if any are, nothing has changed.
+            How many bytes are missing, as one expert has to fit, or all slots where they keep their size; if any are,
+            nothing has changed.
         """
-        if not self._is_measured or self._is_steady:
+        if not self._is_measured:
             return 0
-        budget = self._budget
-        # Passes may take all that is reserved before the memory comes back.
-        reserved = budget.sequences * budget.kv_bytes(budget.context) + budget.chunk * budget.row
-        left = budget.ram - self._base - max(reserved + self._beside, self._counted())
-        if size > self._borrowed and left - size < budget.expert:
-            return budget.expert + size - left
+        missing = size - self._borrowed - self.spare
+        if size > self._borrowed and missing > 0:
+            return missing
         self._borrowed = size
         if not size:  # the next pass takes it back, and measures if not all of it came back
             self._is_lent = True
-        elif not self.is_resting:
+        elif not self.is_resting and not self._is_steady:
             self._resize(self._left())
         return 0
 
@@ -141,16 +161,35 @@ class Room:
             self.is_resting = True
             self._resize(self._budget.expert)
 
-    def keep(self, size: int) -> None:
+    def keep(self, size: int) -> int:
         """Takes `size` bytes from the slots for prefixes in memory, in place of what the last `keep` took.
+
+        Returns:
+            How many bytes are missing, as one expert has to fit; if any are, nothing has changed.
 
         Raises:
             ValueError: the slots have a fixed size.
         """
         if self._is_steady:
             raise ValueError("room: the slots keep their size")
+        missing = size - self._beside - self.spare
+        if size > self._beside and missing > 0:
+            return missing
         self._beside = size
         self._resize(self._left())
+        return 0
+
+    def _reserved(self) -> int:
+        """Returns the bytes that are counted once passes take all that is reserved for them."""
+        budget = self._budget
+        most = budget.sequences * budget.kv_bytes(budget.context) + budget.chunk * budget.row
+        return max(most + self._beside, self._counted())
+
+    def _spare(self, taken: int) -> int:
+        """Returns the bytes that are left, beside `taken`, when the slots have given up all that they can."""
+        budget = self._budget
+        least = self._size if self._is_steady else budget.expert
+        return budget.ram - self._base - taken - self._borrowed - least
 
     def _left(self, beside: int = 0) -> int:
         """Returns the bytes that are left for slots when everything that is counted, and `beside` bytes, are taken."""
@@ -163,13 +202,14 @@ class Room:
         states = sum(self._budget.kv_bytes(state.reach) for state in self.states)
         return states + self._tokens * self._budget.row + self._beside
 
-    def _measured(self) -> int:
-        """Returns the bytes that everything but the slots takes, or may take before the next measurement."""
+    def _measure(self, taken: int) -> None:
+        """Measures what everything takes but the slots and `taken` bytes, and may take before the next measurement."""
         start = time.perf_counter()
-        taken = self._taken(hardware.exact_process_bytes())
+        base = self._taken(hardware.exact_process_bytes()) - taken
         now = time.perf_counter()
         self._next_s = now + (now - start) / _SHARE
-        return taken
+        # How much of what is borrowed is in use is not known: until it comes back, only growth is certain.
+        self._base = max(base, self._base) if self._borrowed else base
 
     def _taken(self, process: int) -> int:
         budget, slots = self._budget, int(self._slots.stats["resident_bytes"])

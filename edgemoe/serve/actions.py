@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from edgemoe.errors import EdgemoeError
+from edgemoe.errors import EdgemoeError, OutOfBudget
 from edgemoe.model import SequenceState
 from edgemoe.serve import fields
 from edgemoe.serve.problems import Problem, wrong
@@ -77,6 +77,8 @@ def _erase(state: SequenceState) -> int:
 async def _with(service: Service, slot: int, use: Callable[[SequenceState], Any]) -> Any:
     try:
         return await asyncio.wrap_future(service.batcher.with_slot(slot, use))
+    except OutOfBudget as error:
+        raise Problem(503, str(error)) from None
     except EdgemoeError as error:
         raise Problem(400, f"filename: {error}", param="filename") from None
     except ValueError as error:

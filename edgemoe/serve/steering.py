@@ -8,6 +8,7 @@ from typing import Any, Literal
 import msgspec
 from starlette.requests import Request
 
+from edgemoe.errors import OutOfBudget
 from edgemoe.runtime.change import CHANGEABLE
 from edgemoe.serve import fields
 from edgemoe.serve.problems import Problem, wrong
@@ -49,7 +50,7 @@ async def change_settings(service: Service, request: Request, body: bytes) -> di
         if name not in CHANGEABLE:  # it names an option of the scheduler, or the model as a whole
             name, rest = "options", str(error)
         raise wrong(name, rest) from None
-    except RuntimeError as error:
+    except (OutOfBudget, RuntimeError) as error:
         raise Problem(503, str(error)) from None
     return set_now(service)
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from test_batching import Asked, run
 
+from edgemoe import hardware
 from edgemoe.convert.convert import convert
 from edgemoe.convert.open import open_checkpoint
 from edgemoe.errors import FormatError
@@ -352,6 +353,42 @@ def test_memory_for_prefixes_is_bounded_and_experts_give_it(tiny_moe, tmp_path):
     few.change(bits=4)
     assert asked(few, third)[1].cached_tokens == 0
     assert room._beside == pool.size
+
+
+def test_prefixes_in_memory_leave_room_for_an_expert_and_for_contexts(tiny_moe, tmp_path):
+    texts = RNG.integers(3, 150, (4, 100)).tolist()
+    one, pool, room = pooled(tiny_moe)
+    asked(one, texts[0])
+    asked(one, texts[1])
+    each = pool.size
+    for fit in (0, 1, 2):
+        one, pool, room = pooled(tiny_moe, folder=tmp_path / str(fit))
+        room._base += room.spare - fit * each - each // 2
+        for ids in texts:
+            asked(one, ids)
+            assert room._beside == pool.size
+            assert room.spare >= 0
+        assert len(pool) == fit
+        assert asked(one, texts[0])[1].cached_tokens == len(texts[0]) - 1  # from the disk
+
+
+def test_a_prefix_that_there_is_no_room_for_costs_time_alone(model, tmp_path, caplog, monkeypatch):
+    one, store = batcher(model, tmp_path)
+    go_on = [*LONG, *asked(one, LONG)[0]]
+    other = [*OTHER, *asked(one, OTHER)[0]]
+    assert len(store) == 1
+    room = one._model.room
+    with monkeypatch.context() as patch:
+        patch.setattr(room, "_is_measured", True)
+        patch.setattr(room, "_singles", 100)
+        patch.setattr(room, "_base", room._budget.ram)
+        patch.setattr(hardware, "exact_process_bytes", lambda: room._budget.ram)
+        assert asked(one, go_on)[1].cached_tokens == 0
+    assert len(store) == 1
+    assert "is not saved: this takes" in caplog.text
+    assert "is computed again: this takes" in caplog.text
+    assert asked(one, other)[1].cached_tokens == 0
+    assert asked(one, go_on)[1].cached_tokens >= len(go_on) - 1
 
 
 def test_at_the_end_all_that_is_kept_goes_to_disk(tiny_moe, tmp_path):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import edgemoe
-from edgemoe import hardware
+from edgemoe import OutOfBudget, hardware
 from edgemoe.model import Batch, SequenceState
 from edgemoe.runtime.budget import Budget
 from edgemoe.runtime.context import KV_STEP
@@ -182,7 +182,7 @@ def test_what_is_lent_comes_back_with_the_next_pass():
     b = budget(ram=taken + 64 * MIB, process=taken, dense=0, kv=12 * MIB, experts=4000 * EXPERT)
     r, cache = room(b, is_measured=True)
     state = sequence(r)
-    r.lend(8 * MIB)  # the reserve covers it
+    r.lend(b.growth)  # the reserve covers it
     assert r.size == b.slots
     for _ in range(5):
         run(r, state, 1)
@@ -198,6 +198,50 @@ def test_what_is_lent_comes_back_with_the_next_pass():
     kept = touched(8 * MIB)
     run(r, state, 1)
     assert r.size == pytest.approx(before - len(kept), abs=2 * MIB)
+
+
+def test_no_more_is_lent_than_there_is():
+    taken = hardware.exact_process_bytes()
+    b = budget(ram=taken + 64 * MIB, process=taken, dense=0, kv=12 * MIB, experts=4000 * EXPERT)
+    r, _ = room(b, is_measured=True)
+    state = sequence(r)
+    r.lend(b.growth + 8 * MIB)  # only what is beyond the reserve
+    assert r.size == r._left() - 8 * MIB
+    with pytest.raises(OutOfBudget, match=r"takes 105 MiB of memory .* leaves 60\.\d MiB"):
+        r.lend(b.growth + 100 * MIB)
+    for _ in range(5):
+        run(r, state, 1)
+    r._next_s = float("inf")
+    ballast = touched(16 * MIB)
+    before = r.size
+    with pytest.raises(OutOfBudget, match=r"takes 100 MiB of memory .* leaves [34]\d(\.\d)? MiB"):
+        r.lend(100 * MIB)
+    assert r.size == before
+    with pytest.raises(OutOfBudget):
+        r.lend(before - EXPERT)  # the process was measured again, and has grown
+    r.lend(before - EXPERT - len(ballast) - 2 * MIB)
+    assert r.size <= EXPERT + 4 * MIB
+
+
+def test_slots_that_keep_their_size_lend_what_nothing_needs():
+    taken = hardware.exact_process_bytes()
+    for spare in (0, 8 * MIB):
+        b = budget(process=taken, ram=taken + 27 * MIB + spare, dense=0, fixed_slots=MIB)
+        assert b.room == 5 * MIB + spare
+        spare += 4 * MIB - EDGES
+        r, cache = room(b, is_measured=True, is_steady=True)
+        for _ in range(5):
+            run(r, sequence(r), 1)
+            assert r.borrow(spare + 1) == 1
+            assert r.borrow(spare) == 0
+            with pytest.raises(OutOfBudget):
+                r.lend(b.growth + 1)
+            r.lend(b.growth)
+            assert r.borrow(0) == 0
+            r.lend(b.growth + spare)
+            with pytest.raises(OutOfBudget):
+                r.lend(b.growth + spare + 1)
+            assert r.size == MIB == cache.stats["budget_bytes"]
 
 
 def test_what_is_borrowed_comes_back_when_it_is_returned():
@@ -277,9 +321,14 @@ def test_what_is_reserved_is_not_lent():
         run(r, state, min(512, 4096 - state.length))
         assert r.size == expected(b, state.length, 512) - most
     assert r.size == EXPERT
+    assert r.keep(1) == 1
     r.borrow(0)
-    r.keep(MIB // 2)
+    assert r.keep(MIB // 2) == 0
     assert r.borrow(most) == MIB // 2
+    assert r.keep(most + 1) == 1
+    assert r.keep(most) == 0
+    assert r.size == EXPERT
+    assert r.borrow(1) == 1
 
 
 def test_measuring_takes_little_time():

@@ -57,9 +57,11 @@ def peak(process):
     return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) * 1024
 
 
-def test_large_requests_do_not_take_the_server_over_its_budget(tiny_moe):
+@pytest.mark.parametrize("is_steady", [False, True])
+def test_large_requests_do_not_take_the_server_over_its_budget(tiny_moe, tmp_path, is_steady):
     ram = smallest(tiny_moe) + 2
-    process, port = started(str(tiny_moe), "--port", "0", "--ram", f"{ram}MiB")
+    more = ("--trace", str(tmp_path / "x.trace")) if is_steady else ()
+    process, port = started(str(tiny_moe), "--port", "0", "--ram", f"{ram}MiB", *more)
     url = f"http://127.0.0.1:{port}"
     try:
         with httpx.Client(base_url=url, timeout=60) as client, ThreadPoolExecutor(8) as many:
@@ -79,6 +81,18 @@ def test_large_requests_do_not_take_the_server_over_its_budget(tiny_moe):
         process.kill()
         process.stderr.close()
         process.wait()
+
+
+def test_more_memory_for_prefixes_than_is_left_is_said(tiny_moe):
+    for size, count in (("2GiB", 1), ("1GiB", 0)):
+        process, _ = started(
+            str(tiny_moe), "--port", "0", "--ram", "2GiB", "--cache-ram", size, said=(said := [])
+        )
+        process.kill()
+        process.stderr.close()
+        process.wait()
+        pattern = r"# --cache-ram: 1\.[6-9]\d* GiB at most, as one expert and full contexts need the rest\n"
+        assert sum(bool(re.fullmatch(pattern, line)) for line in said) == count, said
 
 
 def test_large_requests_are_read_where_there_is_room(tiny_moe):
