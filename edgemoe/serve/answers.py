@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import Any
 
+from edgemoe.serve.ask import Ask
 from edgemoe.serve.problems import Problem
-from edgemoe.serve.reply import Ask, Reply
+from edgemoe.serve.reply import Reply
 from edgemoe.serve.service import Service
 
 __all__ = ["Answer"]

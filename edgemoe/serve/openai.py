@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from edgemoe.serve import fields
+from edgemoe.serve.ask import Ask, Wanted
 from edgemoe.serve.problems import wrong
 from edgemoe.serve.prompts import Conversation
-from edgemoe.serve.reply import Ask
-from edgemoe.serve.service import Service, Wanted
+from edgemoe.serve.service import Service
 from edgemoe.serve.settings import seconds
 
 __all__ = ["read_chat", "read_completion", "thinking", "tool_choice"]

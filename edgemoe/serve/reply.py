@@ -7,21 +7,21 @@ import logging
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from edgemoe.errors import EdgemoeError
-from edgemoe.runtime.requests import Constraint, Figures, Outcome, Request
+from edgemoe.runtime.requests import Figures, Outcome, Request
+from edgemoe.serve.ask import Ask
 from edgemoe.serve.problems import Problem
 from edgemoe.text.calls import ToolCall
 from edgemoe.text.logprobs import TokenLogprob
 from edgemoe.text.reading import Reader, Reading
-from edgemoe.text.replies import Event, Piece, Schemas, joined
-from edgemoe.text.sampler import SamplingParams
+from edgemoe.text.replies import Event, Piece, joined
 from edgemoe.text.stops import ReplyText
 from edgemoe.text.tokenizer import Tokenizer
 
-__all__ = ["Ask", "Ended", "Part", "Progress", "Reply", "call_id", "timings", "usage_extras"]
+__all__ = ["Ended", "Part", "Progress", "Reply", "call_id", "timings", "usage_extras"]
 
 logger = logging.getLogger(__name__)
 
@@ -31,43 +31,6 @@ _TOGETHER = 0.05
 """Seconds whose tokens are sent together: making an event and waking a client take time from the model."""
 _SELDOM = 0.5
 """The same for a reply that is sent as a whole."""
-
-
-@dataclass(slots=True, kw_only=True)
-class Ask:
-    """What a request of any dialect asks of the engine."""
-
-    ids: list[int]
-    """The tokens of the prompt."""
-    params: SamplingParams
-    choices: int = 1
-    """How many replies are wanted."""
-    top: int | None = None
-    """See `Request`."""
-    echo: bool = False
-    """Whether the reply repeats the prompt."""
-    is_raw: bool = False
-    """Whether the model continues a text, without reasoning and calls."""
-    schemas: Schemas | None = None
-    """The schemas of the tools that may be called; None for no tools."""
-    prompt: str = ""
-    """The end of a chat's prompt, as text."""
-    must_call: bool = False
-    """Whether a grammar makes the reply a call."""
-    constraint: Callable[[], Constraint | None] = lambda: None
-    """Makes the constraint of one choice; None for none."""
-    several_calls: bool = True
-    """Whether the reply may have more than one call."""
-    slot: int | None = None
-    """See `Request`."""
-    reuses: bool = True
-    """See `Request`."""
-    adapter: int = 0
-    """See `Request`."""
-    keep_alive: float | None = None
-    """See `Wanted`."""
-    ignored: list[str] = field(default_factory=list)
-    """The fields of the request that have no effect."""
 
 
 _Token = tuple[int, TokenLogprob | None]

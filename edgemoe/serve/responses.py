@@ -11,11 +11,12 @@ import msgspec
 
 from edgemoe.serve import fields
 from edgemoe.serve.answers import Answer
+from edgemoe.serve.ask import Ask, Wanted
 from edgemoe.serve.openai import thinking, tool_choice
 from edgemoe.serve.problems import Problem, wrong
 from edgemoe.serve.prompts import Conversation
-from edgemoe.serve.reply import Ask, Ended, call_id, usage_extras
-from edgemoe.serve.service import Service, Wanted
+from edgemoe.serve.reply import Ended, call_id, usage_extras
+from edgemoe.serve.service import Service
 from edgemoe.text.calls import ToolCall
 
 __all__ = ["ResponsesAnswer", "read_responses"]

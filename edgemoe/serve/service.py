@@ -8,7 +8,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import edgemoe
@@ -19,6 +19,7 @@ from edgemoe.runtime.pool import PrefixPool
 from edgemoe.runtime.prefixes import PrefixStore
 from edgemoe.runtime.profile import ProfileFile
 from edgemoe.runtime.requests import Constraint, Outcome
+from edgemoe.serve.ask import Ask, Wanted
 from edgemoe.serve.desk import Desk
 from edgemoe.serve.figures import ServerFigures
 from edgemoe.serve.grammar import Grammars
@@ -26,7 +27,7 @@ from edgemoe.serve.guide import Guide
 from edgemoe.serve.log import Asked, RequestLog, asked_now
 from edgemoe.serve.problems import Problem, too_long, wrong
 from edgemoe.serve.prompts import Conversation, render
-from edgemoe.serve.reply import Ask, Reply
+from edgemoe.serve.reply import Reply
 from edgemoe.serve.settings import Settings
 from edgemoe.serve.worker import Worker
 from edgemoe.text.calls import markers
@@ -35,57 +36,13 @@ from edgemoe.text.reading import Reading
 from edgemoe.text.sampler import SamplingParams
 from edgemoe.text.tokenizer import Tokenizer
 
-__all__ = ["Service", "Wanted"]
+__all__ = ["Service"]
 
 logger = logging.getLogger(__name__)
 
 _LOOKED_AT = 4096  # characters at the end of a prompt that may be the beginning of the reply
 _NO_GRAMMAR = "cannot be kept to: this server was started with --no-grammar"
 _SURELY_LONG = 8  # characters per token; text has about four
-
-
-@dataclass(slots=True, kw_only=True)
-class Wanted:
-    """What a request wants, independent of the dialect."""
-
-    sampling: dict[str, Any] = field(default_factory=dict)
-    """Fields of `SamplingParams`; None for those that the client did not set."""
-    choices: int = 1
-    """How many replies are wanted."""
-    top: int | None = None
-    """See `Request`."""
-    tool_choice: str = "auto"
-    """"auto", "none", "required", or "=" and a tool's name."""
-    several_calls: bool = True
-    """Whether the reply may have more than one call."""
-    thinks: bool | None = None
-    """Whether the model reasons; None for its default."""
-    effort: str | None = None
-    """The effort of reasoning, as the client named it."""
-    most_reasoning: int | None = None
-    """The most tokens of reasoning, -1 for no limit; None for the server's setting."""
-    variables: Mapping[str, Any] = field(default_factory=dict)
-    """Further variables of the chat template."""
-    form: tuple[str, str, Any] | None = None
-    """The form that the answer must follow: its kind ("json", "regex", "choice", "gbnf" or "lark"), the field of the
-    request that asks for it, and the field's value."""
-    slot: int | None = None
-    """See `Request`."""
-    reuses: bool = True
-    """See `Request`."""
-    adapter: int = 0
-    """See `Request`."""
-    keep_alive: float | None = None
-    """Seconds without a request after which experts leave memory, from now on for the whole server; None keeps it."""
-    strict: list[str] = field(default_factory=list)
-    """The fields that ask for calls that follow their tool's schema; without effect where no grammar sees to it."""
-    ignored: list[str] = field(default_factory=list)
-    """The fields of the request that have no effect."""
-
-    @property
-    def must_call(self) -> bool:
-        """Whether a tool has to be called."""
-        return self.tool_choice == "required" or self.tool_choice.startswith("=")
 
 
 class Service:

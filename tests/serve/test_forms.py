@@ -13,8 +13,8 @@ from served import running
 from tiny import tiny_checkpoint
 
 from edgemoe.convert.convert import convert
+from edgemoe.serve.ask import Ask
 from edgemoe.serve.completions import ChatAnswer
-from edgemoe.serve.reply import Ask
 from edgemoe.text.sampler import SamplingParams
 
 ASK = [{"role": "user", "content": "Go."}]

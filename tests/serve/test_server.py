@@ -23,10 +23,11 @@ from edgemoe.errors import FormatError
 from edgemoe.runtime.opening import open_model
 from edgemoe.runtime.options import EngineOptions
 from edgemoe.serve import messages, openai, responses
+from edgemoe.serve.ask import Wanted
 from edgemoe.serve.loading import Loading
 from edgemoe.serve.prompts import Conversation
 from edgemoe.serve.server import listen
-from edgemoe.serve.service import Service, Wanted
+from edgemoe.serve.service import Service
 from edgemoe.serve.settings import Settings
 
 
