@@ -14,6 +14,7 @@ import edgemoe
 from edgemoe import hardware
 from edgemoe.serve import fields
 from edgemoe.serve.files import page_file
+from edgemoe.serve.preparing import encoded, rendered
 from edgemoe.serve.problems import Problem
 from edgemoe.serve.prompts import Conversation
 from edgemoe.serve.service import Service
@@ -174,7 +175,7 @@ def tokenize(service: Service, body: bytes) -> dict[str, Any]:
     said, ignored = fields.read(body, Tokenize)
     service.note(ignored)
     special = said.add_special
-    ids = service.encoded(said.content, "content", add_special=special, may_be_empty=True)
+    ids = encoded(service, said.content, "content", add_special=special, may_be_empty=True)
     if not said.with_pieces:
         return {"tokens": ids}
     return {"tokens": [{"id": i, "piece": service.tokenizer.token_text(i)} for i in ids]}
@@ -196,4 +197,4 @@ def apply_template(service: Service, body: bytes) -> dict[str, Any]:
     said, ignored = fields.read(body, Template)
     talk = Conversation(said.messages, fields.functions(said.tools, ignored))
     service.note(ignored)
-    return {"prompt": service.rendered(talk, said.chat_template_kwargs or {})}
+    return {"prompt": rendered(service, talk, said.chat_template_kwargs or {})}

@@ -12,6 +12,7 @@ import msgspec
 from edgemoe.serve import fields
 from edgemoe.serve.answers import Answer
 from edgemoe.serve.ask import Ask, Wanted
+from edgemoe.serve.preparing import converse
 from edgemoe.serve.problems import Problem, wrong
 from edgemoe.serve.prompts import Conversation
 from edgemoe.serve.reply import Ended, call_id, usage_extras
@@ -37,7 +38,7 @@ def read_messages(service: Service, body: bytes) -> tuple[fields.MessagesRequest
         },
         ignored=ignored, adapter=service.adapter(request.model),
     )  # fmt: skip
-    ask = service.converse(_talk(request, wanted), wanted)
+    ask = converse(service, _talk(request, wanted), wanted)
     request.tools = None
     fields.forget(request)
     return request, ask
@@ -51,7 +52,7 @@ def count(service: Service, body: bytes) -> dict[str, Any]:
     """
     request, ignored = fields.read(body, fields.CountRequest)
     wanted = Wanted(ignored=ignored)
-    ask = service.converse(_talk(request, wanted), wanted)
+    ask = converse(service, _talk(request, wanted), wanted)
     service.note(ignored)
     return {"input_tokens": len(ask.ids)}
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from edgemoe.serve import fields
 from edgemoe.serve.ask import Ask, Wanted
+from edgemoe.serve.preparing import continue_text, converse, encoded, sampled
 from edgemoe.serve.problems import wrong
 from edgemoe.serve.prompts import Conversation
 from edgemoe.serve.service import Service
@@ -154,7 +155,7 @@ def read_chat(service: Service, body: bytes) -> tuple[fields.ChatRequest, Ask]:
         for i, tool in enumerate(request.tools or ())
         if tool.function is not None and tool.function.strict
     ]
-    ask = service.converse(Conversation(request.messages, tools), wanted)
+    ask = converse(service, Conversation(request.messages, tools), wanted)
     request.tools = None
     fields.forget(request)
     return request, ask
@@ -171,14 +172,14 @@ def read_completion(service: Service, body: bytes) -> tuple[fields.CompletionReq
     if request.logprobs is not None and not 0 <= request.logprobs <= fields.MOST_TOP:
         raise wrong("logprobs", f"expected 0 to {fields.MOST_TOP}, got {request.logprobs}")
     wanted.top = request.logprobs
-    params = service.sampled(wanted.sampling)
+    params = sampled(service, wanted.sampling)
     prompt: Any = request.prompt
     many = isinstance(prompt, list) and prompt and not all(isinstance(i, int) for i in prompt)
     asks = []
     for i, one in enumerate(prompt if many else [prompt]):
         where = f"prompt[{i}]" if many else "prompt"
         if isinstance(one, str):
-            ids = service.encoded(one, where, add_special=True)
+            ids = encoded(service, one, where, add_special=True)
         elif isinstance(one, list) and one and all(type(t) is int for t in one):
             size = service.model.config.vocab_size
             if not all(0 <= t < size for t in one):
@@ -186,6 +187,6 @@ def read_completion(service: Service, body: bytes) -> tuple[fields.CompletionReq
             ids = list(one)
         else:
             raise wrong(where, "expected text or tokens, at least one")
-        asks.append(service.continue_text(ids, params, wanted, echo=bool(request.echo)))
+        asks.append(continue_text(service, ids, params, wanted, echo=bool(request.echo)))
     fields.forget(request)
     return request, asks

@@ -13,6 +13,7 @@ from edgemoe.serve import fields
 from edgemoe.serve.answers import Answer
 from edgemoe.serve.ask import Ask, Wanted
 from edgemoe.serve.openai import thinking, tool_choice
+from edgemoe.serve.preparing import converse
 from edgemoe.serve.problems import Problem, wrong
 from edgemoe.serve.prompts import Conversation
 from edgemoe.serve.reply import Ended, call_id, usage_extras
@@ -62,7 +63,7 @@ def read_responses(service: Service, body: bytes) -> tuple[fields.ResponsesReque
         messages.append({"role": "user", "content": request.input})
     else:
         messages += _messages(request.input)
-    ask = service.converse(Conversation(messages, tools), wanted)
+    ask = converse(service, Conversation(messages, tools), wanted)
     fields.forget(request)  # the response repeats its tools
     return request, ask
 

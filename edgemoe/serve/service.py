@@ -1,4 +1,4 @@
-"""What all dialects share: turns a conversation and what is wanted into tokens, and these into replies."""
+"""What all dialects share: the model that is served, with its queue, its figures and its log."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import edgemoe
 from edgemoe.errors import FormatError
@@ -18,31 +16,23 @@ from edgemoe.runtime.opening import Opened
 from edgemoe.runtime.pool import PrefixPool
 from edgemoe.runtime.prefixes import PrefixStore
 from edgemoe.runtime.profile import ProfileFile
-from edgemoe.runtime.requests import Constraint, Outcome
-from edgemoe.serve.ask import Ask, Wanted
+from edgemoe.runtime.requests import Outcome
+from edgemoe.serve.ask import Ask
 from edgemoe.serve.desk import Desk
 from edgemoe.serve.figures import ServerFigures
 from edgemoe.serve.grammar import Grammars
-from edgemoe.serve.guide import Guide
 from edgemoe.serve.log import Asked, RequestLog, asked_now
 from edgemoe.serve.problems import Problem, too_long, wrong
-from edgemoe.serve.prompts import Conversation, render
 from edgemoe.serve.reply import Reply
 from edgemoe.serve.settings import Settings
 from edgemoe.serve.worker import Worker
 from edgemoe.text.calls import markers
-from edgemoe.text.jinja.meter import Meter
 from edgemoe.text.reading import Reading
 from edgemoe.text.sampler import SamplingParams
-from edgemoe.text.tokenizer import Tokenizer
 
 __all__ = ["Service"]
 
 logger = logging.getLogger(__name__)
-
-_LOOKED_AT = 4096  # characters at the end of a prompt that may be the beginning of the reply
-_NO_GRAMMAR = "cannot be kept to: this server was started with --no-grammar"
-_SURELY_LONG = 8  # characters per token; text has about four
 
 
 class Service:
@@ -162,184 +152,6 @@ class Service:
         """Returns the name of the model with an adapter, as replies show it."""
         name = self.names[0]
         return f"{name}:{self.model.adapters.names[adapter - 1]}" if adapter else name
-
-    def sampled(self, said: Mapping[str, Any]) -> SamplingParams:
-        """Returns how a reply is sampled: as the request says, else as the server's `sampling` says.
-
-        Args:
-            said: fields of `SamplingParams`; None for those that the request does not set.
-
-        Raises:
-            Problem: a value is out of range.
-        """
-        given = {name: value for name, value in said.items() if value is not None}
-        try:
-            return replace(self.sampling, **given)
-        except ValueError as error:
-            name, _, rest = str(error).removeprefix("sampling: ").partition(": ")
-            raise wrong(name, rest) from None
-
-    def converse(self, talk: Conversation, wanted: Wanted) -> Ask:
-        """Returns what is asked of the engine for a conversation. Rendering and tokenizing may take a while.
-
-        Raises:
-            Problem: something in the conversation or in `wanted` is wrong, or the prompt is too long.
-        """
-        params = self.sampled(wanted.sampling)
-        tools = [] if wanted.tool_choice == "none" else talk.tools
-        if wanted.tool_choice.startswith("="):
-            tools = [t for t in tools if t["name"] == wanted.tool_choice[1:]]
-            if not tools:
-                raise wrong("tool_choice", f"no tool is named {wanted.tool_choice[1:]!r}")
-        if wanted.tool_choice == "required" and not tools:
-            raise wrong("tool_choice", "expected tools with it")
-        variables: dict[str, Any] = dict(wanted.variables)
-        thinks = wanted.thinks
-        if thinks is None and variables.get("enable_thinking") is False:
-            thinks = False
-        if thinks is not None:
-            variables.setdefault("enable_thinking", thinks)
-        if wanted.effort and wanted.effort != "none":
-            variables.setdefault("reasoning_effort", wanted.effort)
-        text = self.rendered(talk, variables)
-        ids = self.encoded(text, "messages", add_special=not self.tokenizer.has_chat_template)
-        is_reasoning = self.reading.is_opened(text)
-        ask = Ask(
-            ids=ids, params=params, choices=wanted.choices, top=wanted.top, ignored=wanted.ignored,
-            schemas={t["name"]: t.get("parameters") or {} for t in tools} if tools else None,
-            prompt=text[-_LOOKED_AT:], must_call=wanted.must_call, several_calls=wanted.several_calls, slot=wanted.slot,
-            reuses=wanted.reuses, keep_alive=wanted.keep_alive, adapter=wanted.adapter,
-        )  # fmt: skip
-        most = (
-            self.settings.reasoning_budget
-            if wanted.most_reasoning is None
-            else wanted.most_reasoning
-        )
-        ask.constraint = self._constraint(
-            wanted, tools, is_reasoning, 0 if thinks is False else most
-        )
-        return ask
-
-    def rendered(self, talk: Conversation, variables: Mapping[str, Any]) -> str:
-        """Returns the prompt of a conversation, as text.
-
-        Raises:
-            Problem: the template refuses it, or it takes too much memory.
-        """
-        said = "".join(map(json.dumps, (talk.messages, talk.tools, variables)))
-        given = len(said)
-        few = Tokenizer.most_bytes(said[: _SURELY_LONG * self.context])  # tokenizing comes next
-        self.desk.need(max(Meter.most_bytes(given), few))
-        return render(
-            self.tokenizer, talk, self.form, variables=variables,
-            most_characters=_SURELY_LONG * self.context + 2 * given + 4096,
-        )  # fmt: skip
-
-    def _constraint(
-        self, wanted: Wanted, tools: Sequence[Mapping[str, Any]], is_reasoning: bool, most: int
-    ) -> Callable[[], Constraint | None]:
-        """Returns a function that makes the constraint of a choice, or None if nothing is constrained.
-
-        Args:
-            wanted: what the request wants.
-            tools: those that may be called.
-            is_reasoning: the prompt has opened the reasoning already.
-            most: the most tokens of reasoning; -1 for no limit.
-        """
-        form, grammars, several = self.form, self.grammars, wanted.several_calls
-        lazy: dict[int, str] = {}
-        grammar = self.grammar(wanted.form)
-        must = wanted.must_call
-        if wanted.form is not None and tools:
-            raise wrong(wanted.form[1], "not together with tools; tool_choice none leaves them out")
-        if must and grammars is None:
-            raise wrong("tool_choice", _NO_GRAMMAR)
-        # If only the model's own response template knows its calls, and none has to come, they are not constrained.
-        knows = self.speaks_of_tools or self.reading.template is None or must
-        if grammars is not None and (tools or form.is_channelled) and knows:
-            grammar, lazy = grammars.reply(
-                form, tools, grammar, must=must, several=several, most_reasoning=most
-            )
-        if tools and grammar is None and not lazy:
-            wanted.ignored += wanted.strict
-        marks: tuple[int | None, int | None] = (None, None)
-        if form.reasoning is not None and not form.is_channelled and self.can_reason:
-            first, last = (self.tokenizer.token_id(w) for w in form.reasoning)
-            marks = (first, last)
-        has_limit = most >= 0 and marks[1] is not None and grammars is not None
-        is_limited = has_limit or (form.is_channelled and grammar is not None)
-        if wanted.most_reasoning is not None and self.can_reason and not is_limited:
-            wanted.ignored.append("thinking.budget_tokens")
-        if grammar is None and not lazy and not has_limit:
-            return lambda: None
-        return lambda: Guide(
-            grammars, grammar, is_reasoning=is_reasoning, reasoning=marks, most_reasoning=most,
-            lazy=lazy, several=several,
-        )  # fmt: skip
-
-    def grammar(self, form: tuple[str, str, Any] | None) -> str | None:
-        """Returns the grammar of a form of answers, see `Wanted.form`; None for free text.
-
-        Raises:
-            Problem: the form cannot be enforced, or the server runs without grammars.
-        """
-        if form is None:
-            return None
-        kind, param, value = form
-        if self.grammars is None:
-            raise wrong(param, _NO_GRAMMAR)
-        make: Callable[[str, Any], str] = {
-            "json": self.grammars.json_schema, "regex": self.grammars.regex,
-            "choice": self.grammars.choice, "gbnf": self.grammars.gbnf, "lark": self.grammars.lark,
-        }[kind]  # fmt: skip
-        return make(param, value)
-
-    def continue_text(
-        self, ids: list[int], params: SamplingParams, wanted: Wanted, *, echo: bool
-    ) -> Ask:
-        """Returns what is asked of the engine to continue a text.
-
-        Args:
-            ids: the tokens of the text.
-            params: how to sample.
-            wanted: what the request wants.
-            echo: the reply repeats the text.
-
-        Raises:
-            Problem: the form cannot be enforced.
-        """
-        grammar = self.grammar(wanted.form)
-        grammars = self.grammars
-        ask = Ask(
-            ids=ids, params=params, choices=wanted.choices, top=wanted.top, echo=echo, is_raw=True,
-            ignored=wanted.ignored, slot=wanted.slot, reuses=wanted.reuses, keep_alive=wanted.keep_alive,
-            adapter=wanted.adapter,
-        )  # fmt: skip
-        if grammar is not None:
-            ask.constraint = lambda: Guide(grammars, grammar)
-        return ask
-
-    def encoded(
-        self, text: str, param: str, *, add_special: bool, may_be_empty: bool = False
-    ) -> list[int]:
-        """Returns the tokens of a prompt.
-
-        Raises:
-            Problem: the text is not valid Unicode, has no tokens and must have some, is too long for the context, or
-                takes too much memory.
-        """
-        few = text[: _SURELY_LONG * self.context]
-        try:
-            self.desk.need(Tokenizer.most_bytes(few))
-            if len(few) < len(text) and len(self.tokenizer.encode(few)) >= self.context:
-                raise too_long(param, len(text) * self.context // len(few), self.context)
-            self.desk.need(Tokenizer.most_bytes(text))
-            ids = self.tokenizer.encode(text, add_special=add_special)
-        except ValueError as error:
-            raise wrong(param, str(error)) from None
-        if not ids and not may_be_empty:
-            raise wrong(param, "expected some text, got none")
-        return ids
 
     def begin(self, ask: Ask, choice: int = 0, *, streams: bool = True) -> Reply:
         """Submits a choice to the engine.

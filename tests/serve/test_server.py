@@ -25,6 +25,7 @@ from edgemoe.runtime.options import EngineOptions
 from edgemoe.serve import messages, openai, responses
 from edgemoe.serve.ask import Wanted
 from edgemoe.serve.loading import Loading
+from edgemoe.serve.preparing import converse
 from edgemoe.serve.prompts import Conversation
 from edgemoe.serve.server import listen
 from edgemoe.serve.service import Service
@@ -348,9 +349,8 @@ def test_a_lost_engine_ends_the_server_with_a_code(tiny_moe):
 async def asked(opened, settings):
     """Returns a service that has answered a chat."""
     service = Service(opened, settings, name="x", sampling=opened.text.sampling)
-    ask = service.converse(
-        Conversation(chat("y" * 100)["messages"], []), Wanted(sampling={"max_tokens": 2})
-    )
+    talk = Conversation(chat("y" * 100)["messages"], [])
+    ask = converse(service, talk, Wanted(sampling={"max_tokens": 2}))
     async for _ in service.begin(ask).parts():
         pass
     return service
