@@ -10,7 +10,7 @@ from edgemoe.serve.problems import Problem
 from edgemoe.serve.reply import Reply
 from edgemoe.serve.service import Service
 
-__all__ = ["Answer"]
+__all__ = ["Answer", "call_id"]
 
 
 class Answer:
@@ -70,3 +70,8 @@ class Answer:
     def failure(self, problem: Problem) -> bytes:
         """Returns the last event of a stream that failed."""
         raise NotImplementedError
+
+
+def call_id(prefix: str, reply_id: str, number: int) -> str:
+    """Returns the id of a call: the same for the same arguments."""
+    return f"{prefix}{reply_id.rpartition('-')[2][:20]}{number}"

@@ -10,11 +10,12 @@ from typing import Any
 
 import msgspec
 
-from edgemoe.serve.answers import Answer
+from edgemoe.serve.answers import Answer, call_id
 from edgemoe.serve.ask import Ask
 from edgemoe.serve.problems import Problem
-from edgemoe.serve.reply import Ended, Part, Progress, Reply, call_id, timings, usage_extras
+from edgemoe.serve.reply import Ended, Part, Progress, Reply
 from edgemoe.serve.service import Service
+from edgemoe.serve.usage import timings, usage_extras
 from edgemoe.text.calls import ToolCall
 from edgemoe.text.logprobs import TokenLogprob
 

@@ -10,13 +10,14 @@ from typing import Any
 import msgspec
 
 from edgemoe.serve import fields
-from edgemoe.serve.answers import Answer
+from edgemoe.serve.answers import Answer, call_id
 from edgemoe.serve.ask import Ask, Wanted
 from edgemoe.serve.preparing import converse
 from edgemoe.serve.problems import Problem, wrong
 from edgemoe.serve.prompts import Conversation
-from edgemoe.serve.reply import Ended, call_id, usage_extras
+from edgemoe.serve.reply import Ended
 from edgemoe.serve.service import Service
+from edgemoe.serve.usage import usage_extras
 from edgemoe.text.calls import ToolCall
 
 __all__ = ["MessagesAnswer", "count", "read_messages"]

@@ -14,6 +14,7 @@ from edgemoe.errors import EdgemoeError
 from edgemoe.runtime.requests import Figures, Outcome, Request
 from edgemoe.serve.ask import Ask
 from edgemoe.serve.problems import Problem
+from edgemoe.serve.usage import timing_fields
 from edgemoe.text.calls import ToolCall
 from edgemoe.text.logprobs import TokenLogprob
 from edgemoe.text.reading import Reader, Reading
@@ -21,7 +22,7 @@ from edgemoe.text.replies import Event, Piece, joined
 from edgemoe.text.stops import ReplyText
 from edgemoe.text.tokenizer import Tokenizer
 
-__all__ = ["Ended", "Part", "Progress", "Reply", "call_id", "timings", "usage_extras"]
+__all__ = ["Ended", "Part", "Progress", "Reply"]
 
 logger = logging.getLogger(__name__)
 
@@ -244,7 +245,7 @@ class Reply:
     def timings(self) -> dict[str, Any]:
         """Returns the figures of the reply so far, in llama.cpp's format."""
         r = self.request
-        return _timings(
+        return timing_fields(
             r.cached,
             len(r.ids) - r.cached,
             self._first - r.began,
@@ -310,45 +311,3 @@ def _problem(error: Exception) -> Problem:
         return Problem(500, str(error))
     logger.error("a request failed: %s: %s", type(error).__name__, error)
     return Problem(500, f"{type(error).__name__}: the server failed at this request")
-
-
-def call_id(prefix: str, reply_id: str, number: int) -> str:
-    """Returns the id of a call: the same for the same arguments."""
-    return f"{prefix}{reply_id.rpartition('-')[2][:20]}{number}"
-
-
-def usage_extras(figures: Figures, ignored: list[str], notes: tuple[str, ...]) -> dict[str, Any]:
-    """Returns the field "edgemoe" of a reply: what the engine did for it."""
-    uses = figures.hits + figures.misses
-    out: dict[str, Any] = {
-        "hit_rate": figures.hits / uses if uses else 1.0, "bytes_read": figures.bytes_read,
-        "average_bits": round(figures.average_bits, 3), "skipped": figures.skipped_share,
-        "substituted": figures.substituted_share, "beside": figures.beside,
-        "logits_hash": figures.logits_hash, "ignored": ignored,
-    }  # fmt: skip
-    if figures.changed:
-        out["changed"] = figures.changed
-    if notes:
-        out["notes"] = list(notes)
-    return out
-
-
-def timings(figures: Figures) -> dict[str, Any]:
-    """Returns the figures of a reply in llama.cpp's format."""
-    f = figures
-    computed = f.prompt_tokens - f.cached_tokens
-    return _timings(f.cached_tokens, computed, f.prompt_s, f.new_tokens, f.decode_s) | {
-        "queue_ms": 1000 * f.queue_s
-    }
-
-
-def _timings(
-    cached: int, computed: int, prompt_s: float, made: int, decode_s: float
-) -> dict[str, Any]:
-    later = max(made - 1, 0)
-    return {
-        "cache_n": cached, "prompt_n": computed, "prompt_ms": 1000 * prompt_s,
-        "prompt_per_second": computed / prompt_s if prompt_s else 0.0,
-        "predicted_n": made, "predicted_ms": 1000 * decode_s,
-        "predicted_per_second": later / decode_s if decode_s else 0.0,
-    }  # fmt: skip
