@@ -18,7 +18,7 @@ from edgemoe.file.format import open_moe
 from edgemoe.runtime import slots
 from edgemoe.runtime.opening import open_model
 from edgemoe.runtime.options import EngineOptions
-from edgemoe.serve import app
+from edgemoe.serve import bodies
 from edgemoe.serve.server import listen, serve
 from edgemoe.serve.settings import Settings
 
@@ -54,7 +54,7 @@ def main(folder, tool, arguments):
     folder = Path(folder)
     roomy(folder / "roomy.moe")
     opened = open_model(folder / "roomy.moe", EngineOptions(sequences=2, context=CONTEXT))
-    tokenizer, start, body_of = opened.text.tokenizer, slots.Slot.start, app.body_of
+    tokenizer, start, body_of = opened.text.tokenizer, slots.Slot.start, bodies.body_of
     call = f'I look.\n<tool_call>\n{{"name": "{tool}", "arguments": {arguments}}}\n</tool_call>'
 
     def scripted(slot, request, tokens, *rest):
@@ -74,7 +74,7 @@ def main(folder, tool, arguments):
             file.write(json.dumps(line) + "\n")
         return body
 
-    slots.Slot.start, app.body_of = scripted, recorded
+    slots.Slot.start, bodies.body_of = scripted, recorded
     settings = Settings(port=0, has_grammar=False)
     with listen(settings) as door:
         serve(
