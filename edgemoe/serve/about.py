@@ -14,6 +14,7 @@ import edgemoe
 from edgemoe import hardware
 from edgemoe.serve import fields
 from edgemoe.serve.files import page_file
+from edgemoe.serve.http_responses import json_response
 from edgemoe.serve.preparing import encoded, rendered
 from edgemoe.serve.problems import Problem
 from edgemoe.serve.prompts import Conversation
@@ -27,10 +28,6 @@ __all__ = [
 _TOKEN_BYTES = 256  # that decoding may take for each token
 
 
-def _json(value: object, status: int = 200) -> Response:
-    return Response(msgspec.json.encode(value), status, media_type="application/json")
-
-
 def root(service: Service, request: Request) -> Response:
     """Returns the page to a browser, and name and version to other clients, some of which ask for / first."""
     if service.settings.has_page and "text/html" in request.headers.get("accept", ""):
@@ -41,10 +38,10 @@ def root(service: Service, request: Request) -> Response:
 def health(service: Service) -> Response:
     """Returns whether the server can answer requests."""
     if service.worker.error is not None:
-        return _json({"status": "error"}, 500)
+        return json_response({"status": "error"}, 500)
     if service.is_stopping:
-        return _json({"status": "stopping"}, 503)
-    return _json({"status": "ok"})
+        return json_response({"status": "stopping"}, 503)
+    return json_response({"status": "ok"})
 
 
 def models(service: Service) -> Response:
@@ -69,7 +66,7 @@ def models(service: Service) -> Response:
     data += [
         {**data[0], "id": service.shown(adapter), "parent": service.names[0]} for adapter in every
     ]
-    return _json({"object": "list", "data": data})
+    return json_response({"object": "list", "data": data})
 
 
 def _parameters(service: Service) -> int:
@@ -84,7 +81,7 @@ def props(service: Service) -> Response:
     """Returns how the model runs: what llama.cpp's /props has, and more under "edgemoe"."""
     model, budget = service.model, service.model.budget
     source = service.tokenizer.chat_template
-    return _json({
+    return json_response({
         "default_generation_settings": {"n_ctx": service.context, "params": dataclasses.asdict(service.sampling)},
         "total_slots": len(service.batcher.views), "model_path": service.names[0],
         "model_alias": service.names[0], "chat_template": source,
@@ -125,7 +122,7 @@ def _kept(service: Service) -> dict[str, tuple[int, int, int]]:
 
 def slots(service: Service) -> Response:
     """Returns what each sequence is doing."""
-    return _json([
+    return json_response([
         {
             "id": i, "n_ctx": service.context, "is_processing": view.is_busy, "n_held": view.length,
             "n_prompt": view.prompt, "n_decoded": view.made, "waiting": service.batcher.waiting,
