@@ -72,6 +72,7 @@ def keep_to(engine: Engine, chat: Chat, schema: object) -> None:
     from edgemoe.serve.grammar import Grammars
     from edgemoe.serve.guide import Guide
     from edgemoe.serve.problems import Problem
+    from edgemoe.serve.reply_grammar import channels
     from edgemoe.text.replies import reply_format
 
     tokenizer = engine.tokenizer
@@ -86,7 +87,7 @@ def keep_to(engine: Engine, chat: Chat, schema: object) -> None:
         raise ValueError(problem.message) from None
     form, _ = reply_format(tokenizer.chat_template)
     if form.is_channelled:
-        grammar = grammars.channels([], grammar, must=False)
+        grammar = channels(grammars, [], grammar, must=False)
     words = form.reasoning if form.reasoning and not form.is_channelled else ("", "")
     first, last = (tokenizer.token_id(word) if word else None for word in words)
 

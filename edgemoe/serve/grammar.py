@@ -1,34 +1,24 @@
-"""Grammars that constrain replies: JSON schemas, regular expressions, tool calls. llguidance makes the masks."""
+"""Grammars that constrain texts: JSON schemas, regular expressions and others. llguidance makes the masks."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import json
-import logging
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe.serve.problems import Problem, wrong
-from edgemoe.text.calls import markers
-from edgemoe.text.replies import ReplyFormat
 from edgemoe.text.tokenizer import Tokenizer
 
 __all__ = ["Grammars", "grammar_bytes", "lost"]
 
-logger = logging.getLogger(__name__)
-
 _LARGEST = 256 << 10  # characters of a schema or grammar
 _KEPT = 64
-_MOST_CALLS = 16  # in a reply that must call a tool: a weak model may never end by itself
-_MOST_BEFORE = 8  # messages before the answer, for models that write in channels; likewise
-_NAMED, _VALUES = ("properties", "$defs", "definitions"), ("enum", "const", "default", "examples")
-_JOINED = ("allOf", "anyOf", "oneOf", "not", "if", "$ref", "unevaluatedProperties")
-"""Keywords next to which a schema may have more properties than "properties" lists; see `_closed`."""
 _SPACE = r"[\x20\x0A]{0,12}"
 
 
@@ -44,7 +34,7 @@ class Grammars:
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_ids: Sequence[int]) -> None:
-        self._tokenizer, self._vocab_size, self._eos = tokenizer, vocab_size, sorted(eos_ids)
+        self.tokenizer, self._vocab_size, self._eos = tokenizer, vocab_size, sorted(eos_ids)
         self._lock = threading.Lock()
         self._matcher = functools.lru_cache(maxsize=_KEPT)(self._compiled)
 
@@ -58,11 +48,11 @@ class Grammars:
         Raises:
             Problem: it cannot be enforced, with llguidance's reason.
         """
-        text = _text(param, _spaced(schema))
+        text = _text(param, spaced(schema))
         from llguidance import LLMatcher
 
         try:
-            return self._checked(param, LLMatcher.grammar_from_json_schema(text))
+            return self.checked(param, LLMatcher.grammar_from_json_schema(text))
         except ValueError as error:
             raise wrong(param, str(error)) from None
 
@@ -70,7 +60,7 @@ class Grammars:
         """Returns the grammar of a regular expression; raises as `json_schema` does."""
         from llguidance import LLMatcher
 
-        return self._checked(param, LLMatcher.grammar_from_regex(_text(param, regex)))
+        return self.checked(param, LLMatcher.grammar_from_regex(_text(param, regex)))
 
     def choice(self, param: str, texts: Sequence[str]) -> str:
         """Returns the grammar that allows exactly one of some texts; raises as `json_schema` does."""
@@ -84,7 +74,7 @@ class Grammars:
         """Returns a grammar in Lark's notation as it is, once it is checked; raises as `json_schema` does."""
         from llguidance import LLMatcher
 
-        return self._checked(param, LLMatcher.grammar_from_lark(_text(param, text)))
+        return self.checked(param, LLMatcher.grammar_from_lark(_text(param, text)))
 
     def gbnf(self, param: str, text: str) -> str:
         """Returns the grammar of a text in GBNF, llama.cpp's notation; raises as `json_schema` does."""
@@ -100,163 +90,9 @@ class Grammars:
             raise wrong(param, f"not GBNF: {' '.join(str(error).split())}") from None
         return self.lark(param, lark)
 
-    def reply(
-        self, form: ReplyFormat, tools: Sequence[Mapping[str, Any]], answer: str | None, *,
-        must: bool, several: bool, most_reasoning: int,
-    ) -> tuple[str | None, dict[int, str]]:  # fmt: skip
-        """Returns the grammars that constrain a reply.
-
-        If a tool's schema cannot be enforced and no tool has to be called, the arguments of calls are not constrained.
-
-        Args:
-            form: how the model writes reasoning and calls.
-            tools: those that may be called; empty for none.
-            answer: the grammar of the answer; None for free text.
-            must: one of the tools has to be called.
-            several: more than one call is allowed.
-            most_reasoning: the most tokens of reasoning, where a grammar limits it; -1 for no limit.
-
-        Returns:
-            A grammar of the whole reply, or None; and grammars that begin after a certain token, by that token.
-
-        Raises:
-            Problem: what the reply must be cannot be enforced.
-        """
-        try:
-            if form.is_channelled:
-                if not tools and answer is None and most_reasoning < 0:
-                    return None, {}
-                return self.channels(tools, answer, must=must, most_reasoning=most_reasoning), {}
-            if must:
-                return self.calls(form, tools, several=several), {}
-            token = self._tokenizer.token_id(form.opener)
-            if token is None:
-                return self.free_calls(form, tools), {}
-            return None, {token: self.calls(form, tools, several=False, after=form.opener)}
-        except Problem as problem:
-            if must or not tools:
-                raise
-            logger.debug("calls are not kept to their schemas: %s", problem)
-            return answer, {}
-
-    def calls(
-        self,
-        form: ReplyFormat,
-        tools: Sequence[Mapping[str, Any]],
-        *,
-        several: bool,
-        after: str = "",
-    ) -> str:
-        """Returns the grammar of tool calls, as a model writes them.
-
-        Args:
-            form: how the model writes.
-            tools: those that may be called.
-            several: more than one call is allowed.
-            after: the beginning of the first call, if that is written already.
-        """
-        one = " | ".join(f"call{i}" for i in range(len(tools)))
-        many = several and not after and bool(form.closer)
-        start = (
-            f'start: calls ("\\n" calls){{0,{_MOST_CALLS - 1}}}\ncalls: {one}'
-            if many
-            else f"start: {one}"
-        )
-        return self.lark("tools", "\n".join([start, *self._each(form, tools, after)]))
-
-    def free_calls(self, form: ReplyFormat, tools: Sequence[Mapping[str, Any]]) -> str:
-        """Returns the grammar of free text with tool calls, whose arguments must follow their schemas."""
-        rules = ["start: (begun call)* TEXT", f"begun[lazy]: TEXT {json.dumps(form.opener)}"]
-        rules += ["TEXT: /(.|\\n)*/", f"call: {' | '.join(f'call{i}' for i in range(len(tools)))}"]
-        return self.lark("tools", "\n".join([*rules, *self._each(form, tools, form.opener)]))
-
-    def _each(
-        self, form: ReplyFormat, tools: Sequence[Mapping[str, Any]], after: str
-    ) -> Iterator[str]:
-        """Yields the rules of each tool's call, callN; `after` is its beginning that is written already."""
-        for i, tool in enumerate(tools):
-            before = form.before.replace("{name}", str(tool["name"])).removeprefix(after)
-            yield f"call{i}: {self._literal(before)} args{i} {self._literal(form.after)}"
-            yield self._arguments(i, tool)
-
-    def channels(
-        self,
-        tools: Sequence[Mapping[str, Any]],
-        answer: str | None,
-        *,
-        must: bool,
-        most_reasoning: int = -1,
-    ) -> str:
-        """Returns the grammar of a whole reply in channels, as gpt-oss writes it.
-
-        Reasoning is free text, even before a call that has to come.
-
-        Args:
-            tools: those that may be called.
-            answer: the grammar of the final channel; None for free text.
-            must: a tool has to be called.
-            most_reasoning: the most tokens of reasoning; -1 for no limit.
-        """
-        end, on = self._literal("<|end|><|start|>"), self._literal("<|channel|>")
-        body, form = self._literal("<|message|>"), self._literal("<|constrain|>")
-        form = f'(" json" | " "? {form} "json")?'
-        rules = ["TEXT: /(.|\\n)*/"]
-        kinds = [] if most_reasoning == 0 else ['"analysis"']
-        kinds += ['"commentary"'] * bool(tools)
-        before = (
-            "" if not kinds else "before?" if most_reasoning > 0 else f"before{{0,{_MOST_BEFORE}}}"
-        )
-        if kinds:
-            limit = f"[max_tokens={most_reasoning}]" if most_reasoning > 0 else ""
-            rules += [
-                f'before: {on} ({" | ".join(kinds)}) {body} thought {end} "assistant"',
-                f"thought{limit}: TEXT",
-            ]
-        ends = [f"call{i}" for i in range(len(tools))]
-        if not must:
-            ends.append("final")
-            text = "TEXT" if answer is None else "@answer"
-            rules.append(f'final: {on} "final" {form} {body} {text}')
-        for i, tool in enumerate(tools):
-            name = json.dumps(f" to=functions.{tool['name']}")
-            rules += [
-                f'call{i}: (head{i} | {name} {on} "commentary") {form} {body} args{i} {self._literal("<|call|>")}',
-                f'head{i}: {on} "commentary" {name}',
-                self._arguments(i, tool),
-            ]
-        lark = "\n".join([f"start: {before} ({' | '.join(ends)})", *rules])
-        if answer is None:
-            return self.lark("tools", lark)
-        inner = (
-            json.loads(answer)["grammars"][0]
-            if answer.startswith("{")
-            else {"lark_grammar": answer}
-        )
-        whole = [{"name": "reply", "lark_grammar": lark}, {**inner, "name": "answer"}]
-        return self._checked("response_format", json.dumps({"grammars": whole}))
-
-    def _arguments(self, i: int, tool: Mapping[str, Any]) -> str:
-        """Returns the rule of a tool's arguments; raises as `json_schema` does."""
-        schema = _closed(tool.get("parameters") or {"type": "object"})
-        self.json_schema(f"tools[{i}].function.parameters", schema)
-        return f"args{i}: %json {json.dumps(_spaced(schema))}"
-
-    def _literal(self, text: str) -> str:
-        """Returns a text in Lark's notation, in which special tokens are written as token numbers."""
-        parts: list[str] = []
-        while text:
-            found = [(text.find(m), m) for m in markers(text) if self._special(m) is not None]
-            at, mark = min(found, default=(len(text), ""))
-            if at:
-                parts.append(json.dumps(text[:at], ensure_ascii=False))
-            if mark:
-                parts.append(f"<[{self._special(mark)}]>")
-            text = text[at + len(mark) :]
-        return " ".join(parts) or '""'
-
-    def _special(self, text: str) -> int | None:
+    def special(self, text: str) -> int | None:
         """Returns the number of a token that is special to llguidance, so that no text matches it; else None."""
-        token = self._tokenizer.token_id(text)
+        token = self.tokenizer.token_id(text)
         return token if token is not None and self._backend.is_special_token(token) else None
 
     def matcher(self, grammar: str) -> Any:
@@ -275,7 +111,8 @@ class Grammars:
             raise lost(matcher)
         return mask
 
-    def _checked(self, param: str, grammar: str) -> str:
+    def checked(self, param: str, grammar: str) -> str:
+        """Returns a grammar in llguidance's own JSON or Lark as it is; raises as `json_schema` does."""
         matcher = self._matcher(grammar)
         if matcher.is_error():
             raise wrong(param, f"cannot be kept to: {_why(matcher)}")
@@ -299,7 +136,7 @@ class Grammars:
     def _made(self) -> Any:
         from llguidance import LLTokenizer
 
-        return LLTokenizer(self._tokenizer.to_json(), n_vocab=self._vocab_size, eos_token=self._eos)
+        return LLTokenizer(self.tokenizer.to_json(), n_vocab=self._vocab_size, eos_token=self._eos)
 
 
 def lost(matcher: Any) -> Problem:
@@ -313,32 +150,11 @@ def _why(matcher: Any) -> str:
     return "no text is of this form" if text == "NoExtensionBias" else text
 
 
-def _spaced(schema: object) -> object:
+def spaced(schema: object) -> object:
     """Returns a schema that limits the whitespace between values, as a weak model may write it endlessly."""
     if isinstance(schema, dict) and "x-guidance" not in schema:
         return {**schema, "x-guidance": {"whitespace_pattern": _SPACE}}
     return schema
-
-
-def _closed(schema: Any) -> Any:
-    """Returns a schema whose objects have no other properties than it names, unless it says otherwise.
-
-    A tool has no use for properties that it does not know, and a weak model may add them endlessly.
-    """
-    if isinstance(schema, list):
-        return [_closed(item) for item in schema]
-    if not isinstance(schema, dict):
-        return schema
-    out: dict[str, Any] = {}
-    for key, value in schema.items():
-        if key in _NAMED and isinstance(value, dict):  # its keys are names, not keywords
-            out[key] = {name: _closed(inner) for name, inner in value.items()}
-        else:
-            out[key] = value if key in _VALUES else _closed(value)
-    is_open = not ({"additionalProperties", "patternProperties", *_JOINED} & schema.keys())
-    if isinstance(schema.get("properties"), dict) and "type" in schema and is_open:
-        out["additionalProperties"] = False
-    return out
 
 
 def _text(param: str, value: object) -> str:

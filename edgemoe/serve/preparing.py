@@ -12,6 +12,7 @@ from edgemoe.serve.ask import Ask, Wanted
 from edgemoe.serve.guide import Guide
 from edgemoe.serve.problems import too_long, wrong
 from edgemoe.serve.prompts import Conversation, render
+from edgemoe.serve.reply_grammar import reply_grammar
 from edgemoe.serve.service import Service
 from edgemoe.text.jinja.meter import Meter
 from edgemoe.text.sampler import SamplingParams
@@ -177,8 +178,8 @@ def _constraint(
     # If only the model's own response template knows its calls, and none has to come, they are not constrained.
     knows = service.speaks_of_tools or service.reading.template is None or must
     if grammars is not None and (tools or form.is_channelled) and knows:
-        grammar, lazy = grammars.reply(
-            form, tools, grammar, must=must, several=several, most_reasoning=most
+        grammar, lazy = reply_grammar(
+            grammars, form, tools, grammar, must=must, several=several, most_reasoning=most
         )
     if tools and grammar is None and not lazy:
         wanted.ignored += wanted.strict
