@@ -105,11 +105,20 @@ class Grammars:
         Raises:
             Problem: the matcher failed, and the reply cannot go on.
         """
-        mask = np.zeros(-(-self._vocab_size // 32), np.int32)
+        mask = self._blank()
         matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
         if matcher.is_error():  # then the mask allows only the end, as if the reply were complete
             raise lost(matcher)
         return mask
+
+    def only(self, token: int) -> NDArray[np.int32]:
+        """Returns the mask that allows one token alone, as `mask` returns it."""
+        mask = self._blank()
+        mask.view(np.uint32)[token // 32] = 1 << (token % 32)
+        return mask
+
+    def _blank(self) -> NDArray[np.int32]:
+        return np.zeros(-(-self._vocab_size // 32), np.int32)
 
     def checked(self, param: str, grammar: str) -> str:
         """Returns a grammar in llguidance's own JSON or Lark as it is; raises as `json_schema` does."""

@@ -56,22 +56,18 @@ class Guide:
 
     def allowed(self) -> NDArray[np.int32] | None:
         """See `Constraint.allowed`."""
+        if self._grammars is None:
+            return None
         if self._is_reasoning:
             if self._close is None or not 0 <= self._most <= self._thought:
                 return None
-            return self._only(self._close)
-        if self._matcher is None or self._grammars is None:
+            return self._grammars.only(self._close)
+        if self._matcher is None:
             return None
         mask = self._grammars.mask(self._matcher)
         if self._is_first and self._open is not None and self._most != 0:
             mask[self._open // 32] |= np.uint32(1 << (self._open % 32)).view(np.int32)
         return mask
-
-    def _only(self, token: int) -> NDArray[np.int32]:
-        assert self._grammars is not None
-        mask = np.zeros(-(-self._grammars._vocab_size // 32), np.uint32)
-        mask[token // 32] = 1 << (token % 32)
-        return mask.view(np.int32)
 
     def take(self, token: int) -> bool:
         """See `Constraint.take`."""
