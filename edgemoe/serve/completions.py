@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 
 import msgspec
 
 from edgemoe.serve.answers import Answer, call_id
 from edgemoe.serve.ask import Ask
+from edgemoe.serve.logprobs import chat_logprob, text_logprobs
 from edgemoe.serve.problems import Problem
 from edgemoe.serve.reply import Ended, Part, Progress, Reply
 from edgemoe.serve.service import Service
@@ -201,19 +202,10 @@ class ChatAnswer(_Completion):
     def _logprobs(self, said: list[TokenLogprob]) -> dict[str, Any] | None:
         if self.asks[0].top is None:
             return None
-        return {"content": [self._said(one) for one in said], "refusal": None}
-
-    def _said(self, one: TokenLogprob) -> dict[str, Any]:
-        def token(i: int, logprob: float) -> dict[str, Any]:
-            text = self.service.tokenizer.token_text(i)
-            return {
-                "token": text,
-                "id": i,
-                "logprob": _finite(logprob),
-                "bytes": list(text.encode()),
-            }
-
-        return {**token(one.token, one.logprob), "top_logprobs": [token(i, p) for i, p in one.top]}
+        return {
+            "content": [chat_logprob(self.service.tokenizer, one) for one in said],
+            "refusal": None,
+        }
 
 
 class TextAnswer(_Completion):
@@ -264,37 +256,10 @@ class TextAnswer(_Completion):
         ask = self.asks[index // self.asks[0].choices]
         logprobs = None
         if ask.top is not None:
-            logprobs = self._lists(ask, reply.prompt_logprobs, said)
+            logprobs = text_logprobs(self.service.tokenizer, ask, reply.prompt_logprobs, said)
         if ask.echo:
             text = self.service.tokenizer.decode(ask.ids, skip_special=False) + text
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
-
-    def _lists(
-        self, ask: Ask, before: list[TokenLogprob], said: list[TokenLogprob], at: int = 0
-    ) -> dict[str, Any]:
-        """Returns log-probabilities as completions have them: parallel lists, with an entry for each token.
-
-        Args:
-            ask: with `echo`, the prompt's tokens come first; the first of them has no log-probability.
-            before: those of the prompt's other tokens.
-            said: those of the reply's tokens.
-            at: the offset of the first token in the text, in characters.
-        """
-        text: Callable[[int], str] = self.service.tokenizer.token_text
-        tokens, values, tops = [], [], []
-        if ask.echo:
-            tokens, values, tops = [text(ask.ids[0])], [None], [None]
-        for one in [*before, *said]:
-            tokens.append(text(one.token))
-            values.append(_finite(one.logprob))  # type: ignore[arg-type]
-            tops.append({text(i): _finite(p) for i, p in one.top})  # type: ignore[arg-type]
-        offsets = []
-        for token in tokens:
-            offsets.append(at)
-            at += len(token)
-        return {
-            "tokens": tokens, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets,
-        }  # fmt: skip
 
     async def _pieces(
         self, index: int, reply: Reply
@@ -311,7 +276,11 @@ class TextAnswer(_Completion):
             if not has_echoed:
                 has_echoed = True
                 text = self.service.tokenizer.decode(ask.ids, skip_special=False)
-                logprobs = None if ask.top is None else self._lists(ask, reply.prompt_logprobs, [])
+                logprobs = (
+                    None
+                    if ask.top is None
+                    else text_logprobs(self.service.tokenizer, ask, reply.prompt_logprobs, [])
+                )
                 yield {"index": index, "text": text, "logprobs": logprobs, "finish_reason": None}, 0
                 at = len(text)
             if isinstance(part, Ended):
@@ -322,7 +291,7 @@ class TextAnswer(_Completion):
             text, logprobs = _content(part), None
             if ask.top is not None:
                 bare = Ask(ids=ask.ids, params=ask.params, adapter=ask.adapter)
-                logprobs = self._lists(bare, [], part.logprobs, at)
+                logprobs = text_logprobs(self.service.tokenizer, bare, [], part.logprobs, at)
             at += len(text)
             yield (
                 {"index": index, "text": text, "logprobs": logprobs, "finish_reason": None},
@@ -339,8 +308,3 @@ def _progress(part: Progress) -> dict[str, Any]:
 
 def _content(part: Part) -> str:
     return "".join(e.text for e in part.events if not isinstance(e, ToolCall))
-
-
-def _finite(value: float) -> float:
-    """Returns a log-probability that JSON can represent: -9999 in place of minus infinity."""
-    return max(value, -9999.0)
