@@ -256,7 +256,9 @@ class TextAnswer(_Completion):
         ask = self.asks[index // self.asks[0].choices]
         logprobs = None
         if ask.top is not None:
-            logprobs = text_logprobs(self.service.tokenizer, ask, reply.prompt_logprobs, said)
+            first = ask.ids[0] if ask.echo else None
+            every = [*reply.prompt_logprobs, *said]
+            logprobs = text_logprobs(self.service.tokenizer, every, first=first)
         if ask.echo:
             text = self.service.tokenizer.decode(ask.ids, skip_special=False) + text
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
@@ -276,11 +278,11 @@ class TextAnswer(_Completion):
             if not has_echoed:
                 has_echoed = True
                 text = self.service.tokenizer.decode(ask.ids, skip_special=False)
-                logprobs = (
-                    None
-                    if ask.top is None
-                    else text_logprobs(self.service.tokenizer, ask, reply.prompt_logprobs, [])
-                )
+                logprobs = None
+                if ask.top is not None:
+                    logprobs = text_logprobs(
+                        self.service.tokenizer, reply.prompt_logprobs, first=ask.ids[0]
+                    )
                 yield {"index": index, "text": text, "logprobs": logprobs, "finish_reason": None}, 0
                 at = len(text)
             if isinstance(part, Ended):
@@ -290,8 +292,7 @@ class TextAnswer(_Completion):
                 return
             text, logprobs = _content(part), None
             if ask.top is not None:
-                bare = Ask(ids=ask.ids, params=ask.params, adapter=ask.adapter)
-                logprobs = text_logprobs(self.service.tokenizer, bare, [], part.logprobs, at)
+                logprobs = text_logprobs(self.service.tokenizer, part.logprobs, at)
             at += len(text)
             yield (
                 {"index": index, "text": text, "logprobs": logprobs, "finish_reason": None},

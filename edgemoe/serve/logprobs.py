@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-from edgemoe.serve.ask import Ask
 from edgemoe.text.logprobs import TokenLogprob
 from edgemoe.text.tokenizer import Tokenizer
 
@@ -28,29 +26,24 @@ def chat_logprob(tokenizer: Tokenizer, one: TokenLogprob) -> dict[str, Any]:
 
 
 def text_logprobs(
-    tokenizer: Tokenizer,
-    ask: Ask,
-    before: list[TokenLogprob],
-    said: list[TokenLogprob],
-    at: int = 0,
+    tokenizer: Tokenizer, said: list[TokenLogprob], at: int = 0, *, first: int | None = None
 ) -> dict[str, Any]:
     """Returns log-probabilities as completions have them: parallel lists, with an entry for each token.
 
     Args:
         tokenizer: the model's.
-        ask: with `echo`, the prompt's tokens come first; the first of them has no log-probability.
-        before: those of the prompt's other tokens.
-        said: those of the reply's tokens.
+        said: the log-probabilities of the tokens.
         at: the offset of the first token in the text, in characters.
+        first: a token that comes before these and has no log-probability, as the first of a prompt; None for none.
     """
-    text: Callable[[int], str] = tokenizer.token_text
-    tokens, values, tops = [], [], []
-    if ask.echo:
-        tokens, values, tops = [text(ask.ids[0])], [None], [None]
-    for one in [*before, *said]:
+    text, tokens = tokenizer.token_text, list[str]()
+    values, tops = list[float | None](), list[dict[str, float] | None]()
+    if first is not None:
+        tokens, values, tops = [text(first)], [None], [None]
+    for one in said:
         tokens.append(text(one.token))
-        values.append(_finite(one.logprob))  # type: ignore[arg-type]
-        tops.append({text(i): _finite(p) for i, p in one.top})  # type: ignore[arg-type]
+        values.append(_finite(one.logprob))
+        tops.append({text(i): _finite(p) for i, p in one.top})
     offsets = []
     for token in tokens:
         offsets.append(at)
