@@ -14,6 +14,7 @@ from edgemoe.errors import FormatError
 from edgemoe.file.parse import parse_json
 from edgemoe.file.whole import write_whole
 from edgemoe.runtime.requests import Constraint
+from edgemoe.text.lengths import beginning, most_characters
 from edgemoe.text.reading import Reading
 from edgemoe.text.replies import Piece, joined
 from edgemoe.text.sampler import SamplingParams
@@ -25,8 +26,6 @@ __all__ = ["Chat", "Message", "TextEngine", "TooLong", "saved_messages"]
 Message = dict[str, str]
 """{"role": "system" | "user" | "assistant", "content": text}, and "reasoning_content" where an assistant reasoned."""
 
-_SURELY_LONG = 8  # characters per token; text has about four
-_TEMPLATE_CHARACTERS = 4096  # that a template may add of its own; see `Chat._prompt`
 _LARGEST_CHAT = 64 << 20  # bytes of a saved conversation
 
 _ROLES = ("system", "user", "assistant")
@@ -307,7 +306,7 @@ class Chat:
 
             # All that the template sees, reasoning too; what is no JSON is the template's to refuse.
             given = len(json.dumps([messages, self.variables], default=str))
-            most = _SURELY_LONG * self._engine.context + 2 * given + _TEMPLATE_CHARACTERS
+            most = most_characters(given, self._engine.context)
             self._engine.lend(Meter.most_bytes(given))
             text = self._tokenizer.render_chat(messages, most_characters=most, **self.variables)
             self._check_length(text)
@@ -325,7 +324,7 @@ class Chat:
     def _check_length(self, text: str) -> None:
         """Refuses a text that is far too long before it is tokenized, as that takes many times the text's memory."""
         context = self._engine.context
-        few = text[: _SURELY_LONG * context]
+        few = beginning(text, context)
         if len(few) == len(text):
             return
         self._engine.lend(Tokenizer.most_bytes(few))

@@ -15,6 +15,7 @@ from edgemoe.serve.prompts import Conversation, render
 from edgemoe.serve.reply_grammar import reply_grammar
 from edgemoe.serve.service import Service
 from edgemoe.text.jinja.meter import Meter
+from edgemoe.text.lengths import beginning, most_characters
 from edgemoe.text.sampler import SamplingParams
 from edgemoe.text.tokenizer import Tokenizer
 
@@ -22,7 +23,6 @@ __all__ = ["continue_text", "converse", "encoded", "rendered", "sampled"]
 
 _LOOKED_AT = 4096  # characters at the end of a prompt that may be the beginning of the reply
 _NO_GRAMMAR = "cannot be kept to: this server was started with --no-grammar"
-_SURELY_LONG = 8  # characters per token; text has about four
 
 
 def converse(service: Service, talk: Conversation, wanted: Wanted) -> Ask:
@@ -120,11 +120,11 @@ def rendered(service: Service, talk: Conversation, variables: Mapping[str, Any])
     """
     said = "".join(map(json.dumps, (talk.messages, talk.tools, variables)))
     given = len(said)
-    few = Tokenizer.most_bytes(said[: _SURELY_LONG * service.context])  # tokenizing comes next
+    few = Tokenizer.most_bytes(beginning(said, service.context))  # tokenizing comes next
     service.desk.need(max(Meter.most_bytes(given), few))
     return render(
         service.tokenizer, talk, service.form, variables=variables,
-        most_characters=_SURELY_LONG * service.context + 2 * given + 4096,
+        most_characters=most_characters(given, service.context),
     )  # fmt: skip
 
 
@@ -137,7 +137,7 @@ def encoded(
         Problem: the text is not valid Unicode, has no tokens and must have some, is too long for the context, or
             takes too much memory.
     """
-    few = text[: _SURELY_LONG * service.context]
+    few = beginning(text, service.context)
     try:
         service.desk.need(Tokenizer.most_bytes(few))
         if len(few) < len(text) and len(service.tokenizer.encode(few)) >= service.context:
