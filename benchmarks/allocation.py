@@ -22,7 +22,7 @@ import numpy as np
 import results
 from halves import cut
 
-from edgemoe.file.format import open_moe
+from edgemoe.file.reader import open_moe
 from edgemoe.lab.bits.allocate import Settings, allocate
 from edgemoe.lab.quality.loss import Loss
 from edgemoe.quant import Calibration

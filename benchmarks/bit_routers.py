@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from edgemoe.file.append import add_sections
-from edgemoe.file.format import open_moe
+from edgemoe.file.reader import open_moe
 from edgemoe.lab.quality.quality import Quality, Sample, Trial, measure, recorded
 from edgemoe.lab.quality.text import default_text
 from edgemoe.quant import BitRouters

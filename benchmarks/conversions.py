@@ -26,7 +26,7 @@ import numpy as np
 import edgemoe.quant.nested as nested
 from edgemoe.convert.convert import convert
 from edgemoe.convert.hf import HFCheckpoint
-from edgemoe.file.format import open_moe
+from edgemoe.file.reader import open_moe
 from edgemoe.lab.quality.logprobs import LogProbs
 from edgemoe.lab.quality.quality import Sample, Trial, first_token, measure
 from edgemoe.lab.report.levels import levels

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 import edgemoe
 from edgemoe.experts import Observer
-from edgemoe.file.format import open_moe
+from edgemoe.file.reader import open_moe
 from edgemoe.plan import Plan, Priorities, Routing
 from edgemoe.scheduler import SCHEDULERS, Setting
 from edgemoe.scheduler.evict import EVICTIONS

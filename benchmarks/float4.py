@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 
 from edgemoe.convert.convert import convert
 from edgemoe.convert.open import open_checkpoint
-from edgemoe.file.format import open_moe
+from edgemoe.file.reader import open_moe
 from edgemoe.lab.quality.logprobs import LogProbs
 from edgemoe.lab.quality.quality import Sample, Trial, first_token, measure
 from edgemoe.lab.report.levels import levels

@@ -32,7 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import edgemoe
-from edgemoe.file.format import open_moe
+from edgemoe.file.reader import open_moe
 from edgemoe.lab.quality.logprobs import LogProbs, LogProbsWriter
 from edgemoe.lab.quality.quality import Sample, score
 from edgemoe.lab.quality.text import default_text

@@ -42,7 +42,7 @@ from edgemoe.convert.gguf import GGUFCheckpoint  # noqa: E402
 from edgemoe.convert.hf import HFCheckpoint  # noqa: E402
 from edgemoe.errors import FormatError  # noqa: E402
 from edgemoe.experts import Observer  # noqa: E402
-from edgemoe.file.format import open_moe  # noqa: E402
+from edgemoe.file.reader import open_moe  # noqa: E402
 
 _TOKENS, _TEXTS = 24, 4
 Run = tuple[np.ndarray, list[np.ndarray]]

@@ -21,7 +21,7 @@ from halves import divergences, log_probs
 from numpy.typing import NDArray
 from torch import Tensor
 
-from edgemoe.file.format import open_moe
+from edgemoe.file.reader import open_moe
 from edgemoe.lab.bits import rules
 from edgemoe.lab.bits.bit_router import Routed
 from edgemoe.lab.bits.calibrate import windows_of

@@ -23,7 +23,7 @@ from halves import cut, divergences, log_probs
 from torch import Tensor
 from torch.nn import functional
 
-from edgemoe.file.format import open_moe
+from edgemoe.file.reader import open_moe
 from edgemoe.lab.bits.bit_router import Routed
 from edgemoe.lab.bits.choosing import ffn
 from edgemoe.lab.quality.loss import standard_error

@@ -23,7 +23,7 @@ import hubs
 
 from edgemoe.convert.convert import convert
 from edgemoe.convert.open import open_checkpoint
-from edgemoe.file.format import open_moe
+from edgemoe.file.reader import open_moe
 
 
 def main() -> None:

@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import edgemoe
-from edgemoe.file.format import open_moe
+from edgemoe.file.reader import open_moe
 from edgemoe.lab.routing.replay import Replay, Tape, make_scheduler, replay
 from edgemoe.lab.routing.timing import Timing, fit, quiet_tokens
 from edgemoe.runtime.trace import Trace, read

@@ -19,7 +19,7 @@ import numpy as np
 import results
 from numpy.typing import NDArray
 
-from edgemoe.file.format import open_moe
+from edgemoe.file.reader import open_moe
 from edgemoe.lab.bits.allocate import Settings, allocate
 from edgemoe.lab.bits.calibrate import windows_of
 from edgemoe.lab.bits.kv_types import KINDS

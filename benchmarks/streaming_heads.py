@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from edgemoe.file.format import open_moe
+from edgemoe.file.reader import open_moe
 from edgemoe.lab.bits.bit_router import Routed
 from edgemoe.lab.quality.loss import standard_error
 from edgemoe.specs import AttentionSpec

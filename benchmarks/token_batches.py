@@ -18,7 +18,7 @@ from grouping import k_means
 from numpy.typing import NDArray
 
 from edgemoe.experts import Observer
-from edgemoe.file.format import open_moe
+from edgemoe.file.reader import open_moe
 from edgemoe.model import Batch
 from edgemoe.plan import Plan, Routing
 from edgemoe.runtime.opening import open_model

@@ -20,7 +20,8 @@ import psutil
 import edgemoe
 from edgemoe import devices, hardware, library
 from edgemoe.errors import EdgemoeError, size_text
-from edgemoe.file.format import MoeFile, open_moe
+from edgemoe.file.format import MoeFile
+from edgemoe.file.reader import open_moe
 from edgemoe.store import read_rate
 
 __all__ = ["Finding", "findings", "private"]

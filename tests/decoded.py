@@ -15,7 +15,7 @@ import reference_nested
 from numpy.typing import NDArray
 
 from edgemoe.config import MATRICES, ModelConfig
-from edgemoe.file.format import open_moe
+from edgemoe.file.reader import open_moe
 from edgemoe.quant.correction import SHARED, kind_of
 
 Array = NDArray[Any]

@@ -60,7 +60,7 @@ def search(args: argparse.Namespace) -> int:
     _check_targets(args, out)
     import numpy as np
 
-    from edgemoe.file.format import open_moe
+    from edgemoe.file.reader import open_moe
     from edgemoe.lab.bits.calibrate import default_text as calibration_text
     from edgemoe.lab.bits.calibrate import windows_of
     from edgemoe.lab.bits.everything import search_everything

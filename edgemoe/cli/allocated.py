@@ -29,7 +29,7 @@ def check_target(args: argparse.Namespace, out: Path) -> None:
 
 def windows(args: argparse.Namespace) -> NDArray[np.int32]:
     """Returns the tokens that losses are measured on, as windows [N, T]."""
-    from edgemoe.file.format import open_moe
+    from edgemoe.file.reader import open_moe
     from edgemoe.lab.bits.calibrate import default_text, windows_of
 
     text = default_text() if args.text is None else decode_text(args.text.read_bytes(), args.text)

@@ -121,7 +121,7 @@ _OF_BASE = ("bits", "allocation", "favour", "prune", "thorough", "carve", "no_co
 def _convert_adapter(args: argparse.Namespace, calibration: Calibration | None) -> None:
     """Writes the adapter of a fine-tune."""
     from edgemoe.convert.adapter import convert_adapter
-    from edgemoe.file.format import open_moe
+    from edgemoe.file.reader import open_moe
 
     if args.base is None:
         raise ValueError("--checkpoint: is what --base was made of; expected --base too")

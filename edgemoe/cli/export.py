@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from edgemoe.file.format import open_moe
+    from edgemoe.file.reader import open_moe
 
     moe = open_moe(model_path(str(args.model)))
     levels = {"bits": args.bits, "dense_bits": args.dense_bits}

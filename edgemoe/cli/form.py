@@ -49,7 +49,7 @@ def schema_of(given: str) -> object:
 def opened_beside(options: dict[str, Any], model: str) -> Engine:
     """Opens a model with room left, within the budget of its `options`, for token masks over its vocabulary."""
     from edgemoe.errors import OutOfBudget
-    from edgemoe.file.format import open_moe
+    from edgemoe.file.reader import open_moe
     from edgemoe.runtime.budget import default_ram
     from edgemoe.runtime.engine import Engine
     from edgemoe.runtime.options import EngineOptions

@@ -60,7 +60,7 @@ def _run(args: argparse.Namespace) -> None:
 
 def _about(model: library.Kept) -> dict[str, Any]:
     from edgemoe.errors import EdgemoeError
-    from edgemoe.file.format import open_moe
+    from edgemoe.file.reader import open_moe
 
     status = model.path.stat()
     about: dict[str, Any] = {

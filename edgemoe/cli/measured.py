@@ -74,7 +74,7 @@ def pick(args: Namespace, *, context: int | None) -> str:
         FormatError: it is not a sound `.moe` file.
     """
     from edgemoe.errors import OutOfBudget
-    from edgemoe.file.format import open_moe
+    from edgemoe.file.reader import open_moe
     from edgemoe.lab.quality.choice import OLD_ERRORS, applies, choose, has_chunks, is_plain, stored
     from edgemoe.runtime.opening import room_for_experts
     from edgemoe.runtime.options import EngineOptions
@@ -132,7 +132,7 @@ def cost(args: Namespace) -> str | None:
     is_exact = (args.bits, args.dense_bits, args.scheduler) == (None, None, "on-demand")
     if is_exact and not args.set and caches == ("f16", "f16"):
         return None
-    from edgemoe.file.format import open_moe
+    from edgemoe.file.reader import open_moe
     from edgemoe.lab.quality.choice import find, is_plain, stored
 
     moe = open_moe(args.model)

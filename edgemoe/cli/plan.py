@@ -196,7 +196,7 @@ def _tell(args: argparse.Namespace) -> int:
 
 def _costs(args: argparse.Namespace) -> Mapping[int | str, Mapping[str, Any]]:
     """Returns the measured quality of each level, by bits, as far as the file holds it."""
-    from edgemoe.file.format import open_moe
+    from edgemoe.file.reader import open_moe
     from edgemoe.lab.quality.choice import plain_rows
 
     moe = open_moe(args.model)

@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from edgemoe.file.format import open_moe
+    from edgemoe.file.reader import open_moe
     from edgemoe.lab.quality.choice import reference_sum
     from edgemoe.lab.quality.quality import measure
     from edgemoe.lab.report.levels import bits_per_weight, levels

@@ -42,7 +42,7 @@ def reference(
         FormatError: the file or the reference is not sound.
         OSError: something cannot be read, or the disk is full.
     """
-    from edgemoe.file.format import open_moe
+    from edgemoe.file.reader import open_moe
     from edgemoe.lab.quality.logprobs import LogProbs
     from edgemoe.lab.quality.quality import Sample, first_token, recorded
     from edgemoe.text.tokenizer import Tokenizer

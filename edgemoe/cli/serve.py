@@ -107,7 +107,7 @@ def _settings(args: Namespace) -> Settings:
 
 def _run(args: Namespace, settings: Settings) -> int:
     set_up_logging(verbose=args.verbose)
-    from edgemoe.file.format import open_moe
+    from edgemoe.file.reader import open_moe
     from edgemoe.runtime.budget import default_ram
     from edgemoe.runtime.opening import open_model
     from edgemoe.serve.loading import Loading

@@ -65,7 +65,7 @@ def speeds(args: argparse.Namespace, forecast: Forecast, rows: Sequence[Row]) ->
 def _probed(moe: MoeFile, *, is_hollow: bool) -> MoeFile | None:
     """Returns the file to measure the disk with: the model, or the largest kept one if the model has only holes."""
     from edgemoe import library
-    from edgemoe.file.format import open_moe
+    from edgemoe.file.reader import open_moe
 
     if not is_hollow:
         return moe

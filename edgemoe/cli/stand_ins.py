@@ -51,7 +51,7 @@ def _fit(args: argparse.Namespace) -> None:
     if model.exists() and not os.access(model, os.W_OK):
         raise PermissionError(f"{model}: cannot be written")
     from edgemoe.file.append import add_sections
-    from edgemoe.file.format import open_moe
+    from edgemoe.file.reader import open_moe
     from edgemoe.lab.bits.calibrate import default_text, windows_of
     from edgemoe.lab.bits.stand_ins import fit_stand_ins
 

@@ -105,7 +105,7 @@ def _items(args: argparse.Namespace) -> list[Item]:
 
 def _reference(args: argparse.Namespace, moe: MoeFile) -> tuple[Path, Trial]:
     """Returns the file of the reference, and how to run it."""
-    from edgemoe.file.format import open_moe
+    from edgemoe.file.reader import open_moe
 
     given: str | None = args.reference
     path, other, bits = args.model, moe, moe.ladder[-1][0]

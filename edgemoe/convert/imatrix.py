@@ -21,7 +21,7 @@ from edgemoe.convert.families import FAMILIES
 from edgemoe.convert.gguf import BROKEN, open_gguf
 from edgemoe.convert.gguf.architectures.qwen3next import grouped
 from edgemoe.errors import FormatError, shortened
-from edgemoe.file.format import open_moe
+from edgemoe.file.reader import open_moe
 from edgemoe.quant import write_calibration
 from edgemoe.quant.calibration import input_name
 from edgemoe.specs import DeltaSpec, TensorSpec

@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from edgemoe import _core
 from edgemoe.config import ModelConfig
 from edgemoe.errors import FormatError, quoted
-from edgemoe.file.format import ExpertTable, MoeFile, Outline, Reader, Tensor
+from edgemoe.file.format import ExpertTable, MoeFile, Outline, Tensor
+from edgemoe.file.reader import Reader
 from edgemoe.places import Places
 from edgemoe.quant import Scheme
 
@@ -99,7 +100,7 @@ def open_adapter(path: str | os.PathLike[str]) -> AdapterFile:
 
 
 def open_either(path: str | os.PathLike[str]) -> MoeFile | AdapterFile:
-    """Opens a model or an adapter; see `open_adapter` and `edgemoe.file.format.open_moe`."""
+    """Opens a model or an adapter; see `open_adapter` and `edgemoe.file.reader.open_moe`."""
     reader = _Reader(Path(path))
     index = reader.index()
     if isinstance(index, dict) and "base" in index:

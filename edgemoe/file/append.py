@@ -12,7 +12,8 @@ from pathlib import Path
 
 from edgemoe import _core
 from edgemoe.errors import quoted
-from edgemoe.file.format import MAX_SECTIONS, PREAMBLE, MoeFile, align, open_moe, pack_preamble
+from edgemoe.file.format import MAX_SECTIONS, PREAMBLE, MoeFile, align, pack_preamble
+from edgemoe.file.reader import open_moe
 from edgemoe.file.whole import is_at, locked, named, pwrite
 
 __all__ = ["add_sections"]

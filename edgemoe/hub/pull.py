@@ -183,7 +183,7 @@ def _origin(repository: Source, chosen: Chosen) -> dict[str, Any]:
 
 def _files(path: Path) -> object:
     """Returns the digest over the files that a model was made from; None where the model does not hold one."""
-    from edgemoe.file.format import open_moe
+    from edgemoe.file.reader import open_moe
 
     try:
         origin = open_moe(path).source.get("origin")

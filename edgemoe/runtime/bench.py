@@ -13,7 +13,7 @@ import numpy as np
 
 from edgemoe import hardware
 from edgemoe.devices import DeviceName, open_device
-from edgemoe.file.format import open_moe
+from edgemoe.file.reader import open_moe
 from edgemoe.runtime.budget import default_ram
 from edgemoe.runtime.engine import Engine
 from edgemoe.store import disk_rate

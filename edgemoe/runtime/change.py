@@ -13,7 +13,7 @@ from typing import Any
 
 from edgemoe.config import ModelConfig
 from edgemoe.errors import FormatError
-from edgemoe.file.format import open_moe
+from edgemoe.file.reader import open_moe
 from edgemoe.runtime.model import Model
 from edgemoe.runtime.notes import notes_of
 from edgemoe.runtime.opening import model_setting, with_experts

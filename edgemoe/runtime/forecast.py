@@ -7,7 +7,8 @@ from pathlib import Path
 
 from edgemoe import hardware
 from edgemoe.errors import OutOfBudget
-from edgemoe.file.format import MoeFile, open_moe
+from edgemoe.file.format import MoeFile
+from edgemoe.file.reader import open_moe
 from edgemoe.ops import OpsShape
 from edgemoe.runtime.budget import Budget
 from edgemoe.runtime.opening import Text

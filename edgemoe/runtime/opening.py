@@ -15,7 +15,8 @@ import numpy as np
 from edgemoe import _core, hardware
 from edgemoe.config import ModelConfig
 from edgemoe.experts import Experts
-from edgemoe.file.format import MoeFile, open_moe
+from edgemoe.file.format import MoeFile
+from edgemoe.file.reader import open_moe
 from edgemoe.model import Decoder
 from edgemoe.ops import Ops, OpsShape
 from edgemoe.ops.cpu import CpuOps

@@ -14,7 +14,8 @@ from typing import Any
 
 from edgemoe import library
 from edgemoe.errors import EdgemoeError, OutOfBudget
-from edgemoe.file.format import MoeFile, look_into
+from edgemoe.file.format import MoeFile
+from edgemoe.file.reader import look_into
 from edgemoe.lab.quality.choice import plain_rows, stored
 from edgemoe.model import KvTypes
 from edgemoe.ops import OpsShape

@@ -13,7 +13,7 @@ from edgemoe.cli import convert as cli
 from edgemoe.cli import main as edgemoe_cli
 from edgemoe.cli import progress
 from edgemoe.errors import FormatError
-from edgemoe.file.format import open_moe
+from edgemoe.file.reader import open_moe
 from edgemoe.file.writer import Writer
 
 

@@ -11,7 +11,7 @@ from simulated import configured, plug_in
 
 from edgemoe import devices, doctor, hardware
 from edgemoe.cli.main import main
-from edgemoe.file.format import open_moe
+from edgemoe.file.reader import open_moe
 
 
 @pytest.fixture

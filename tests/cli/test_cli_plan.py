@@ -20,7 +20,7 @@ from edgemoe.cli.speeds import rate_text
 from edgemoe.convert.convert import convert
 from edgemoe.convert.hf import HFCheckpoint
 from edgemoe.file.append import add_sections
-from edgemoe.file.format import open_moe
+from edgemoe.file.reader import open_moe
 from edgemoe.model import KvTable
 from edgemoe.quant import SCHEMES
 from edgemoe.runtime import pace as paces
@@ -188,7 +188,7 @@ def test_the_machine_is_measured_once(cache: Path) -> None:
 
 
 def test_a_disk_is_known_by_reads_of_about_its_size(tiny_moe: Path) -> None:
-    moe, folder = edgemoe.file.format.open_moe(tiny_moe), tiny_moe.parent
+    moe, folder = edgemoe.file.reader.open_moe(tiny_moe), tiny_moe.parent
     assert disk_pace(None, folder, 1 << 40) is None
     rate = disk_pace(moe, folder, 8192)
     assert rate is not None

@@ -15,7 +15,7 @@ from tiny import tiny_checkpoint
 import edgemoe
 from edgemoe.cli.main import main
 from edgemoe.convert.convert import convert
-from edgemoe.file.format import open_moe
+from edgemoe.file.reader import open_moe
 from edgemoe.file.tensors import view
 from edgemoe.lab.routing.replay import Tape, make_scheduler, replay
 from edgemoe.lab.routing.study import measured

@@ -11,7 +11,7 @@ import pytest
 
 from edgemoe.cli import main as edgemoe_cli
 from edgemoe.file.append import add_sections
-from edgemoe.file.format import open_moe
+from edgemoe.file.reader import open_moe
 from edgemoe.file.verify import verify
 from edgemoe.quant.allocation import Allocation
 

@@ -14,7 +14,7 @@ from tiny import tiny_checkpoint
 
 from edgemoe.convert.convert import convert
 from edgemoe.convert.demo import demo_path
-from edgemoe.file.format import open_moe
+from edgemoe.file.reader import open_moe
 from edgemoe.runtime import slots
 from edgemoe.runtime.opening import open_model
 from edgemoe.runtime.options import EngineOptions

@@ -23,7 +23,7 @@ from edgemoe.convert.source import SourceModel
 from edgemoe.errors import FormatError
 from edgemoe.file.adapter import open_adapter, weights_sum, with_adapters
 from edgemoe.file.append import add_sections
-from edgemoe.file.format import open_moe
+from edgemoe.file.reader import open_moe
 from edgemoe.file.verify import verify
 from edgemoe.quant import SCHEMES
 from edgemoe.quant.columns import COLUMN_SCALES

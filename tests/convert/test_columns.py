@@ -15,7 +15,7 @@ from edgemoe.convert.export.hf import export_hf
 from edgemoe.convert.hf import HFCheckpoint
 from edgemoe.convert.source import SourceModel
 from edgemoe.errors import FormatError
-from edgemoe.file.format import open_moe
+from edgemoe.file.reader import open_moe
 from edgemoe.lab.bits.calibrate import calibrate
 from edgemoe.quant import Calibration
 from edgemoe.quant.columns import COLUMN_SCALES, ColumnScales, strength

@@ -23,7 +23,7 @@ from tiny_llama import save_gguf, tiny_llama
 from edgemoe import library
 from edgemoe.convert import demo
 from edgemoe.errors import FormatError
-from edgemoe.file.format import open_moe
+from edgemoe.file.reader import open_moe
 
 _FAKE_PIP = """\
 import pathlib, shutil, sys, time

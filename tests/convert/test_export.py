@@ -24,7 +24,7 @@ from edgemoe.convert.gguf.tokenizer import tokenizer_files
 from edgemoe.convert.hf import HFCheckpoint
 from edgemoe.convert.source import SourceModel
 from edgemoe.errors import FormatError
-from edgemoe.file.format import open_moe
+from edgemoe.file.reader import open_moe
 
 sys.path.append(str(Path(__file__).parents[1] / "model"))
 

@@ -22,7 +22,7 @@ from edgemoe.convert.gguf import GGUFCheckpoint
 from edgemoe.convert.hf import HFCheckpoint
 from edgemoe.convert.source import SourceModel
 from edgemoe.errors import FormatError
-from edgemoe.file.format import open_moe
+from edgemoe.file.reader import open_moe
 
 # llama.cpp supports Qwen2-MoE and OLMoE only without renormalised gates, Qwen3-MoE only with them, and no windows here.
 NORMED = {"norm_topk_prob": True}

@@ -19,7 +19,7 @@ from edgemoe.convert.hf import HFCheckpoint
 from edgemoe.convert.patched import is_partial, patched
 from edgemoe.errors import FormatError
 from edgemoe.file.adapter import open_adapter
-from edgemoe.file.format import open_moe
+from edgemoe.file.reader import open_moe
 
 Q, OUT = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.o_proj"
 EXPERT = "model.layers.1.mlp.experts.5.up_proj"

@@ -20,7 +20,7 @@ from edgemoe.convert.hf import HFCheckpoint
 from edgemoe.convert.prune import PrunedCalibration, PrunedModel, kept_width, made_up, needed
 from edgemoe.convert.source import SourceModel
 from edgemoe.errors import FormatError
-from edgemoe.file.format import open_moe
+from edgemoe.file.reader import open_moe
 from edgemoe.quant import Calibration, write_calibration
 
 H, KEPT = 48, 32

@@ -15,7 +15,7 @@ from edgemoe.convert.convert import convert
 from edgemoe.convert.ranks import choose_ranks
 from edgemoe.convert.source import SourceModel
 from edgemoe.errors import FormatError
-from edgemoe.file.format import open_moe
+from edgemoe.file.reader import open_moe
 from edgemoe.quant import SCHEMES, Allocation
 from edgemoe.quant.columns import COLUMN_SCALES, ColumnScales
 from edgemoe.quant.ranks import best_ranks, gains, same_rank

@@ -97,7 +97,7 @@ def test_sections_that_no_reader_takes_are_refused(tmp_path: Path, monkeypatch) 
 
 
 def test_provenance_is_short(tmp_path: Path) -> None:
-    from edgemoe.file.format import open_moe
+    from edgemoe.file.reader import open_moe
 
     found = tiny_checkpoint()
     found.config = {**found.config, "architectures": ["x" * 100_000], "dtype": "bfloat16"}

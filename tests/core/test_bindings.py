@@ -7,7 +7,7 @@ import pytest
 
 from edgemoe import _core
 from edgemoe.errors import FormatError
-from edgemoe.file.format import open_moe
+from edgemoe.file.reader import open_moe
 from edgemoe.plan import Plan
 from edgemoe.store import ExpertStore
 

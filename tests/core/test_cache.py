@@ -11,7 +11,7 @@ import pytest
 from engines import begin
 
 from edgemoe.errors import FormatError, OutOfBudget, ReadError
-from edgemoe.file.format import open_moe
+from edgemoe.file.reader import open_moe
 from edgemoe.plan import Plan, Priorities
 from edgemoe.store import ExpertStore, expert_bytes
 

@@ -11,7 +11,7 @@ from engines import begin
 
 from edgemoe import _core
 from edgemoe.errors import OutOfBudget
-from edgemoe.file.format import open_moe
+from edgemoe.file.reader import open_moe
 from edgemoe.store import ExpertStore, expert_bytes
 
 N, TOP = 16, 5  # experts and levels of the tiny model

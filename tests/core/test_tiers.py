@@ -7,7 +7,7 @@ import pytest
 from simulated import configured, plug_in
 
 from edgemoe import _core
-from edgemoe.file.format import open_moe
+from edgemoe.file.reader import open_moe
 from edgemoe.store import ExpertStore, expert_bytes
 from edgemoe.store.tiers import Tiers
 

@@ -13,7 +13,8 @@ import edgemoe
 from edgemoe.errors import FormatError
 from edgemoe.file import append
 from edgemoe.file.append import add_sections
-from edgemoe.file.format import PREAMBLE, open_moe
+from edgemoe.file.format import PREAMBLE
+from edgemoe.file.reader import open_moe
 
 
 @pytest.fixture

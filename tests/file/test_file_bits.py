@@ -23,7 +23,8 @@ from edgemoe.cli.main import main
 from edgemoe.convert.convert import convert
 from edgemoe.convert.source import SourceModel
 from edgemoe.errors import FormatError, size_text
-from edgemoe.file.format import ALIGNMENT, PREAMBLE, open_moe, pack_preamble
+from edgemoe.file.format import ALIGNMENT, PREAMBLE, pack_preamble
+from edgemoe.file.reader import open_moe
 from edgemoe.file.verify import verify
 from edgemoe.lab.bits.allocate import Settings, allocate
 from edgemoe.lab.bits.calibrate import calibrate

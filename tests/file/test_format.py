@@ -24,7 +24,8 @@ from edgemoe.convert.convert import convert
 from edgemoe.convert.source import SourceModel
 from edgemoe.errors import FormatError, ReadError
 from edgemoe.file.append import add_sections
-from edgemoe.file.format import MAGIC, PREAMBLE, Reader, expert_rung_bytes, look_into, open_moe
+from edgemoe.file.format import MAGIC, PREAMBLE, expert_rung_bytes
+from edgemoe.file.reader import Reader, look_into, open_moe
 from edgemoe.file.writer import Writer
 from edgemoe.specs import AttentionSpec, RopeSpec
 

@@ -15,9 +15,9 @@ from tiny import tiny_checkpoint
 from edgemoe.convert.convert import convert
 from edgemoe.file import append, partial, whole
 from edgemoe.file.append import add_sections
-from edgemoe.file.format import open_moe
 from edgemoe.file.layout import Ending, Place
 from edgemoe.file.partial import PartialFile
+from edgemoe.file.reader import open_moe
 
 PLACES = {"a": Place(4096, (10, 20)), "b": Place(8192, (30,)), "c": Place(12288, (5,))}
 RUNGS = {

@@ -107,7 +107,7 @@ def _run_model(folder: Path) -> None:
     path = folder / "model.moe"
     with edgemoe.load(path, ram="48MiB", context=32, threads=1, verify=False) as engine:
         list(engine.generate([1, 2, 3], edgemoe.SamplingParams(temperature=0, max_tokens=_FIRST)))
-    json.dumps(summary(edgemoe.file.format.open_moe(path)))
+    json.dumps(summary(edgemoe.file.reader.open_moe(path)))
 
 
 def _traces() -> list[Case]:

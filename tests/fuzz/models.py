@@ -11,7 +11,8 @@ from tiny import MemoryCheckpoint, tiny_checkpoint, tiny_paths
 
 from edgemoe.convert.convert import convert
 from edgemoe.file.append import add_sections
-from edgemoe.file.format import MoeFile, open_moe
+from edgemoe.file.format import MoeFile
+from edgemoe.file.reader import open_moe
 
 _FOLDER = tempfile.TemporaryDirectory(prefix="edgemoe-fuzz-")
 

@@ -22,7 +22,7 @@ from edgemoe.cli import main as edgemoe_cli
 from edgemoe.convert.convert import convert
 from edgemoe.convert.open import open_checkpoint
 from edgemoe.errors import EdgemoeError
-from edgemoe.file.format import open_moe
+from edgemoe.file.reader import open_moe
 from edgemoe.hub.name import HubName
 from edgemoe.hub.pull import pull
 from edgemoe.hub.remote import HubError, Repository, Unreachable

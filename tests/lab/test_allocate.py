@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 import edgemoe
 from edgemoe.cli.main import main
 from edgemoe.errors import FormatError
-from edgemoe.file.format import open_moe
+from edgemoe.file.reader import open_moe
 from edgemoe.lab.bits import rules
 from edgemoe.lab.bits.allocate import METHODS, Settings, allocate
 from edgemoe.lab.bits.calibrate import calibrate, windows_of

@@ -23,7 +23,7 @@ from edgemoe.convert.hf import HFCheckpoint
 from edgemoe.errors import FormatError, OutOfBudget
 from edgemoe.experts import Observer
 from edgemoe.file.append import add_sections
-from edgemoe.file.format import open_moe
+from edgemoe.file.reader import open_moe
 from edgemoe.lab.bits.bit_router import Routed
 from edgemoe.lab.bits.choosing import Choosing, ffn, keep_within
 from edgemoe.lab.bits.train_bit_router import RouterSettings, train_bit_router

@@ -20,7 +20,7 @@ from edgemoe.convert.convert import convert
 from edgemoe.convert.hf import HFCheckpoint
 from edgemoe.convert.imatrix import convert_imatrix
 from edgemoe.errors import FormatError, OutOfBudget
-from edgemoe.file.format import open_moe
+from edgemoe.file.reader import open_moe
 from edgemoe.file.summing import SummedWriter
 from edgemoe.lab.bits import balanced, moments, tapped
 from edgemoe.lab.bits import calibrate as lab

@@ -15,7 +15,7 @@ import edgemoe
 from edgemoe.cli.main import main
 from edgemoe.errors import FormatError
 from edgemoe.file.append import add_sections
-from edgemoe.file.format import open_moe
+from edgemoe.file.reader import open_moe
 from edgemoe.lab.bits import kv_types, rules
 from edgemoe.model import KvTable, KvTypes, state_bytes
 from edgemoe.ops import kv_bytes

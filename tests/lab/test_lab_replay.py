@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import edgemoe
-from edgemoe.file.format import open_moe
+from edgemoe.file.reader import open_moe
 from edgemoe.lab.report import tables
 from edgemoe.lab.routing.oracles import Oracle
 from edgemoe.lab.routing.predictors import predictions

@@ -10,7 +10,7 @@ import pytest
 
 from edgemoe.convert.convert import convert
 from edgemoe.convert.hf import HFCheckpoint
-from edgemoe.file.format import open_moe
+from edgemoe.file.reader import open_moe
 from edgemoe.lab.bits import tapped
 from edgemoe.lab.bits.moments import Counts, LayerSums, SumForm, sum_bytes, sum_forms
 from edgemoe.model import Batch

@@ -16,7 +16,7 @@ from edgemoe.cli import run as run_cli
 from edgemoe.cli.measured import share
 from edgemoe.cli.table import change
 from edgemoe.file.append import add_sections
-from edgemoe.file.format import open_moe
+from edgemoe.file.reader import open_moe
 from edgemoe.lab.quality.choice import applies, choose, find, merged, sections_sum, stored
 from edgemoe.quant import Allocation
 from edgemoe.store import expert_bytes

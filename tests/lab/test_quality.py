@@ -18,7 +18,7 @@ import edgemoe
 from edgemoe import _core
 from edgemoe.cli import main as edgemoe_cli
 from edgemoe.errors import FormatError
-from edgemoe.file.format import open_moe
+from edgemoe.file.reader import open_moe
 from edgemoe.lab.quality.logprobs import LogProbs, LogProbsWriter
 from edgemoe.lab.quality.loss import standard_error
 from edgemoe.lab.quality.quality import Quality, Sample, Trial, agreement, measure, recorded, score

@@ -25,7 +25,7 @@ from edgemoe.convert.convert import convert
 from edgemoe.convert.hf import HFCheckpoint
 from edgemoe.errors import FormatError
 from edgemoe.file import append
-from edgemoe.file.format import open_moe
+from edgemoe.file.reader import open_moe
 from edgemoe.lab.bits.calibrate import calibrate, windows_of
 from edgemoe.lab.bits.everything import search_everything
 from edgemoe.lab.bits.kv_types import KINDS

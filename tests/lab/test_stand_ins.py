@@ -15,7 +15,7 @@ from edgemoe import _core
 from edgemoe.cli.main import main
 from edgemoe.errors import FormatError
 from edgemoe.file.append import add_sections
-from edgemoe.file.format import open_moe
+from edgemoe.file.reader import open_moe
 from edgemoe.lab.bits.calibrate import default_text, windows_of
 from edgemoe.lab.bits.stand_ins import fit_stand_in
 from edgemoe.ops import OpsShape

@@ -12,7 +12,7 @@ import pytest
 
 import edgemoe
 from edgemoe.cli.main import main
-from edgemoe.file.format import open_moe
+from edgemoe.file.reader import open_moe
 from edgemoe.lab.quality.made_tasks import MADE, made
 from edgemoe.lab.quality.quality import Trial
 from edgemoe.lab.quality.tasks import Item, Outcome, judge, read_items, scores

@@ -485,7 +485,7 @@ def test_eight_bits_make_room_and_say_so(tiny_moe):
 
 
 def test_more_context_fits_a_small_budget(tiny_moe):
-    from edgemoe.file.format import open_moe
+    from edgemoe.file.reader import open_moe
     from edgemoe.model import KvTypes, state_bytes
     from edgemoe.ops import OpsShape
 

@@ -18,7 +18,7 @@ from edgemoe.convert.convert import convert
 from edgemoe.convert.hf import HFCheckpoint
 from edgemoe.convert.source import SourceModel
 from edgemoe.errors import FormatError
-from edgemoe.file.format import open_moe
+from edgemoe.file.reader import open_moe
 from edgemoe.lab.bits.bit_router import Routed
 from edgemoe.lab.bits.moments import SumForm, sum_forms
 from edgemoe.model import Batch, KvTypes, state_bytes

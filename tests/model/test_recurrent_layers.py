@@ -14,7 +14,7 @@ import edgemoe
 from edgemoe import _core
 from edgemoe.config import ModelConfig, dense_tensors
 from edgemoe.errors import FormatError
-from edgemoe.file.format import open_moe
+from edgemoe.file.reader import open_moe
 from edgemoe.file.writer import Writer
 from edgemoe.model import Batch, KvTypes, state_bytes
 from edgemoe.specs import AttentionSpec, ConvSpec, DeltaSpec, MambaSpec, MlaSpec, RopeSpec

@@ -26,7 +26,7 @@ from edgemoe.convert.settings import Settings
 from edgemoe.convert.source import SourceModel
 from edgemoe.errors import FormatError
 from edgemoe.experts import Observer
-from edgemoe.file.format import open_moe
+from edgemoe.file.reader import open_moe
 from edgemoe.lab.quality.checkpoint import final_states
 from edgemoe.model import Batch
 from edgemoe.runtime.budget import Budget

@@ -10,7 +10,7 @@ from engines import with_slots
 import edgemoe
 from edgemoe.convert.convert import convert
 from edgemoe.convert.hf import HFCheckpoint
-from edgemoe.file.format import open_moe
+from edgemoe.file.reader import open_moe
 from edgemoe.ops import attend_latents_in_steps, run_experts_in_steps
 from edgemoe.ops.cpu import CpuOps
 

@@ -20,7 +20,7 @@ from edgemoe.cli import main as edgemoe_cli
 from edgemoe.convert.convert import convert
 from edgemoe.convert.open import open_checkpoint
 from edgemoe.errors import FormatError
-from edgemoe.file.format import open_moe
+from edgemoe.file.reader import open_moe
 from edgemoe.file.verify import verify
 from edgemoe.ops.cuda.placement import unsupported
 from edgemoe.quant import SCHEMES

@@ -19,7 +19,7 @@ from edgemoe import _core
 from edgemoe.cli import main as edgemoe_cli
 from edgemoe.convert.convert import convert
 from edgemoe.errors import FormatError
-from edgemoe.file.format import open_moe
+from edgemoe.file.reader import open_moe
 from edgemoe.file.verify import verify
 from edgemoe.file.writer import Writer
 from edgemoe.quant import SCHEMES

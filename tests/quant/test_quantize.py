@@ -12,7 +12,7 @@ from edgemoe import _core
 from edgemoe.convert.convert import convert
 from edgemoe.convert.source import SourceModel
 from edgemoe.errors import FormatError
-from edgemoe.file.format import open_moe
+from edgemoe.file.reader import open_moe
 from edgemoe.quant import (
     LEVEL_WEIGHTS,
     ROUNDING_WEIGHTS,

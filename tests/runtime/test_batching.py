@@ -13,7 +13,7 @@ from test_sequences import Broken, broken, slots  # noqa: F401 (a fixture)
 
 import edgemoe
 from edgemoe.errors import DeviceError
-from edgemoe.file.format import open_moe
+from edgemoe.file.reader import open_moe
 from edgemoe.runtime.batching import Batcher, QueueFull
 from edgemoe.runtime.errands import Errands
 from edgemoe.runtime.model import Model

@@ -13,7 +13,7 @@ import edgemoe
 import edgemoe.runtime.bench
 from edgemoe import _core, hardware
 from edgemoe.cli.bench import main
-from edgemoe.file.format import open_moe
+from edgemoe.file.reader import open_moe
 from edgemoe.quant import Allocation
 from edgemoe.runtime.bench import Roof, measure, roof
 from edgemoe.store import disk_rate, expert_bytes

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from edgemoe.errors import OutOfBudget
-from edgemoe.file.format import open_moe
+from edgemoe.file.reader import open_moe
 from edgemoe.model import KvTypes, state_bytes
 from edgemoe.ops import OpsShape
 from edgemoe.runtime.budget import Budget, parse_size

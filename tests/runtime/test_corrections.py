@@ -17,7 +17,7 @@ from tiny import tiny_checkpoint
 import edgemoe
 from edgemoe import _core
 from edgemoe.errors import FormatError
-from edgemoe.file.format import open_moe
+from edgemoe.file.reader import open_moe
 from edgemoe.quant import Allocation
 from edgemoe.runtime.trace import read
 from edgemoe.store import ExpertStore, dense_bytes, expert_bytes, tensors_bytes

@@ -14,7 +14,7 @@ import edgemoe
 from edgemoe import _core
 from edgemoe.convert.convert import convert
 from edgemoe.errors import FormatError
-from edgemoe.file.format import open_moe
+from edgemoe.file.reader import open_moe
 from edgemoe.quant import SCHEMES
 from edgemoe.store import dense_bytes, load_dense, looked_up_bytes
 

@@ -33,7 +33,7 @@ def expected(tiny_moe):
 def test_logits_do_not_depend_on_the_budget(
     tiny_moe, expected, monkeypatch, bits, num_experts, threads
 ):
-    from edgemoe.file.format import open_moe
+    from edgemoe.file.reader import open_moe
     from edgemoe.store import expert_bytes
 
     moe = open_moe(tiny_moe)

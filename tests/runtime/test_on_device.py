@@ -21,7 +21,7 @@ from edgemoe import devices
 from edgemoe.convert.convert import convert
 from edgemoe.devices import DeviceName, found
 from edgemoe.errors import DeviceError, DeviceLost, OutOfBudget, RangeError
-from edgemoe.file.format import open_moe
+from edgemoe.file.reader import open_moe
 from edgemoe.model import Batch, KvTable
 from edgemoe.ops import Ops
 from edgemoe.ops.cuda import CudaOps, memory, placement

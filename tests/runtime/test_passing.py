@@ -9,7 +9,7 @@ from simulated import configured
 from test_on_device import IDS, on_device, play, with_vram
 
 import edgemoe
-from edgemoe.file.format import open_moe
+from edgemoe.file.reader import open_moe
 from edgemoe.runtime.trace import read
 from edgemoe.store import expert_bytes
 from edgemoe.store.rates import Rates

@@ -18,7 +18,7 @@ from edgemoe.convert.convert import convert
 from edgemoe.convert.open import open_checkpoint
 from edgemoe.errors import FormatError
 from edgemoe.file.append import add_sections
-from edgemoe.file.format import open_moe
+from edgemoe.file.reader import open_moe
 from edgemoe.file.summed import SummedFile, write_summed
 from edgemoe.quant import Allocation, BitRouters
 from edgemoe.runtime.batching import Batcher

@@ -17,7 +17,7 @@ from edgemoe.cli.run import main
 from edgemoe.convert.convert import convert
 from edgemoe.errors import FormatError
 from edgemoe.experts import Observer
-from edgemoe.file.format import open_moe
+from edgemoe.file.reader import open_moe
 from edgemoe.plan import Priorities, Routing
 from edgemoe.runtime.profile import Profile, identity, read_profile, write_profile
 from edgemoe.scheduler import SCHEDULERS, Setting

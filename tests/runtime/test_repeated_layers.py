@@ -14,7 +14,7 @@ import edgemoe
 from edgemoe import _core
 from edgemoe.errors import FormatError
 from edgemoe.experts import Experts
-from edgemoe.file.format import open_moe
+from edgemoe.file.reader import open_moe
 from edgemoe.ops import notes
 from edgemoe.ops.cpu import CpuOps
 from edgemoe.ops.notes import CpuNotes, Notes

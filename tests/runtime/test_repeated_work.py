@@ -15,7 +15,7 @@ from simulated import on_device, plug_in, small_moe, with_vram
 import edgemoe
 from edgemoe import _core
 from edgemoe.experts import Experts
-from edgemoe.file.format import open_moe
+from edgemoe.file.reader import open_moe
 from edgemoe.ops import notes
 from edgemoe.ops.cpu import CpuOps
 from edgemoe.ops.cuda import CudaOps

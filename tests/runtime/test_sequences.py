@@ -10,7 +10,7 @@ import pytest
 from engines import with_slots
 
 import edgemoe
-from edgemoe.file.format import open_moe
+from edgemoe.file.reader import open_moe
 from edgemoe.model import Batch
 from edgemoe.scheduler import SCHEDULERS
 from edgemoe.store import all_expert_bytes, expert_bytes

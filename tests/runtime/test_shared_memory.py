@@ -12,7 +12,7 @@ from test_on_device import GREEDY, IDS, on_device, play
 import edgemoe
 from edgemoe import _core
 from edgemoe.errors import DeviceError, OutOfBudget
-from edgemoe.file.format import open_moe
+from edgemoe.file.reader import open_moe
 from edgemoe.store import ExpertStore, expert_bytes
 
 

@@ -23,7 +23,7 @@ from tiny import tiny_checkpoint
 import edgemoe.serve
 from edgemoe.convert.convert import convert
 from edgemoe.file.append import add_sections
-from edgemoe.file.format import open_moe
+from edgemoe.file.reader import open_moe
 from edgemoe.model import KvTable, KvTypes
 from edgemoe.serve.app import make_app
 from edgemoe.serve.shelf import Shelf

@@ -14,7 +14,7 @@ from tuned import DENSE, tune
 import edgemoe
 from edgemoe.convert.adapter import convert_adapter
 from edgemoe.convert.convert import convert
-from edgemoe.file.format import open_moe
+from edgemoe.file.reader import open_moe
 from edgemoe.runtime.opening import open_model
 from edgemoe.runtime.options import EngineOptions
 from edgemoe.serve.service import _fingerprint

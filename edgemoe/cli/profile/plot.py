@@ -76,7 +76,7 @@ def _plot(args: argparse.Namespace) -> None:
 def _qualities(
     args: argparse.Namespace, trace: Trace, timing: Timing | None
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    from edgemoe.file.format import open_moe
+    from edgemoe.file.reader import open_moe
     from edgemoe.lab.quality.choice import stored_rows
     from edgemoe.lab.routing.study import measured
 

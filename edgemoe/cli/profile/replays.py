@@ -44,7 +44,7 @@ def add_flags(command: argparse.ArgumentParser, *, model_is_for: str) -> None:
 def studied(args: argparse.Namespace, trace: Trace) -> tuple[Timing | None, list[dict[str, Any]]]:
     """Returns the times of layers, if a trace tells them, and a row for each replay that the flags ask for."""
     from edgemoe.cli.progress import Progress
-    from edgemoe.file.format import open_moe
+    from edgemoe.file.reader import open_moe
     from edgemoe.lab.routing.study import budget_of, lines, remarks, study
     from edgemoe.lab.routing.timing import fit
     from edgemoe.runtime.trace import read

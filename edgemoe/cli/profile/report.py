@@ -24,7 +24,7 @@ def add(commands: Any) -> None:
 
 
 def _report(args: argparse.Namespace) -> None:
-    from edgemoe.file.format import open_moe
+    from edgemoe.file.reader import open_moe
     from edgemoe.lab.report import report, tables
     from edgemoe.lab.routing.predictors import predictions
     from edgemoe.lab.routing.timing import fit

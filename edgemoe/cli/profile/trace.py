@@ -101,7 +101,7 @@ def _ids(model: str, text: str | None, limit: int | None, *, cut: bool) -> list[
     """Returns the tokens of a text, or random ones; with `cut`, no more than the model's context holds."""
     import numpy as np
 
-    from edgemoe.file.format import open_moe
+    from edgemoe.file.reader import open_moe
     from edgemoe.text.tokenizer import Tokenizer
 
     moe = open_moe(model)

@@ -34,7 +34,7 @@ def add(commands: Any) -> None:
 def _train(args: argparse.Namespace) -> None:
     from edgemoe.cli.progress import Progress
     from edgemoe.file.append import add_sections
-    from edgemoe.file.format import open_moe
+    from edgemoe.file.reader import open_moe
     from edgemoe.lab.routing.paths import pieces, train
     from edgemoe.lab.routing.table import count_paths
     from edgemoe.runtime.trace import read

@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgemoe.file.format import MoeFile, open_moe
+from edgemoe.file.format import MoeFile
+from edgemoe.file.reader import open_moe
 from edgemoe.lab.bits import rules
 from edgemoe.lab.quality.loss import Loss
 from edgemoe.quant import Allocation, Calibration

@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from edgemoe import hardware
 from edgemoe.errors import FormatError, size_text
 from edgemoe.file.columns import column_scales
-from edgemoe.file.format import MoeFile, open_moe
+from edgemoe.file.format import MoeFile
+from edgemoe.file.reader import open_moe
 from edgemoe.file.summed import write_summed
 from edgemoe.file.summing import SummedWriter
 from edgemoe.file.whole import meant

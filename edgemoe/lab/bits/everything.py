@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgemoe.file.format import MoeFile, open_moe
+from edgemoe.file.format import MoeFile
+from edgemoe.file.reader import open_moe
 from edgemoe.lab.bits import rules
 from edgemoe.lab.bits.measuring import Clock, Measured, Progress, Work, measure_alone
 from edgemoe.lab.bits.search import Field, Rounds, Standing, evolve

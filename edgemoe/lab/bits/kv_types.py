@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgemoe.file.format import MoeFile, open_moe
+from edgemoe.file.format import MoeFile
+from edgemoe.file.reader import open_moe
 from edgemoe.lab.bits.rules import cheapest
 from edgemoe.lab.quality.loss import half_log_softmax
 from edgemoe.model import KvTable

@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe import hardware
-from edgemoe.file.format import MoeFile, open_moe
+from edgemoe.file.format import MoeFile
+from edgemoe.file.reader import open_moe
 from edgemoe.lab.bits.tapped import TappedModel
 from edgemoe.plan import Plan
 from edgemoe.quant import StandIns

@@ -16,7 +16,8 @@ from safetensors.numpy import load
 
 from edgemoe.config import ModelConfig
 from edgemoe.errors import FormatError, OutOfBudget
-from edgemoe.file.format import MoeFile, open_moe
+from edgemoe.file.format import MoeFile
+from edgemoe.file.reader import open_moe
 from edgemoe.file.whole import write_whole
 from edgemoe.lab.bits.calibrate import windows_of
 from edgemoe.quant import BitRouters

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe.errors import OutOfBudget
-from edgemoe.file.format import open_moe
+from edgemoe.file.reader import open_moe
 from edgemoe.lab.quality.loss import log_softmax_rows
 from edgemoe.model import KvTypes, Layered
 from edgemoe.model.kv_table import Row

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe.experts import Observer
-from edgemoe.file.format import open_moe
+from edgemoe.file.reader import open_moe
 from edgemoe.lab.quality.logprobs import LogProbs, LogProbsWriter
 from edgemoe.lab.quality.loss import standard_error
 from edgemoe.places import Places
