@@ -1,13 +1,12 @@
 // What every instruction set implements: one table of function pointers. Call it per matrix, never per row.
 //
-// Layout of a nested matrix (the format's specification is edgemoe/format.py). Rows come in blocks of 16 and
-// columns in blocks of 64, both padded with zeros; a tile is 16 x 64 weights. A rung holds its tiles row block by
-// row block. Rung 0 starts with one float16 scale per row, and so may later rungs, whose scales apply from there on. A
-// tile of rung 0 starts with one byte per row and group of 16 columns: byte 16 * group + row has a relative scale in
-// its lower half and a middle in its upper one. A step of a tile is 64 bytes: byte 4 * row + j belongs to column 4 *
-// step + j, so that one 8-bit dot-product instruction covers 16 rows. A plane of w bits (1, 2, 4 or 8) packs 8 / w
-// consecutive steps into the same 64 bytes, the first step in the lowest bits; other widths are stored as two or three
-// such planes, widest first.
+// Layout of a nested matrix (docs/format.md specifies it). Rows come in blocks of 16 and columns in blocks of 64, both
+// padded with zeros; a tile is 16 x 64 weights. A rung holds its tiles row block by row block. Rung 0 starts with one
+// float16 scale per row, and so may later rungs, whose scales apply from there on. A tile of rung 0 starts with one
+// byte per row and group of 16 columns: byte 16 * group + row has a relative scale in its lower half and a middle in
+// its upper one. A step of a tile is 64 bytes: byte 4 * row + j belongs to column 4 * step + j, so that one 8-bit
+// dot-product instruction covers 16 rows. A plane of w bits (1, 2, 4 or 8) packs 8 / w consecutive steps into the same
+// 64 bytes, the first step in the lowest bits; other widths are stored as two or three such planes, widest first.
 //
 // At b bits a code c (the top b bits of the 8-bit code) stands for
 //   row scale / 4096 * (4 + a % 4) * 2^(a / 4) * ((c + 0.5) * 2^(8-b) - 128 + 12 * (m - 8)),  a, m the byte's halves.
