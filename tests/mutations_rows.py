@@ -67,9 +67,9 @@ ROWS = (
              "found is None or kept is None else found[np.ix_(kept, kept)]",
              "found is None or kept is None else found[: len(kept), : len(kept)]", PRUNE),
     # ------------------------------------------------------------ prefixes
-    Mutation("prefixes", "files of another version are used", "edgemoe/runtime/prefixes.py",
+    Mutation("prefixes", "files of another version are used", "edgemoe/runtime/prefix_store.py",
              'if meta.get("edgemoe_prefix") != _VERSION or meta', "if meta", PREFIXES),
-    Mutation("prefixes", "bits of single matrices do not matter", "edgemoe/runtime/prefixes.py",
+    Mutation("prefixes", "bits of single matrices do not matter", "edgemoe/runtime/prefix_store.py",
              '        most = "" if tensor.most is None else tensor.most\n', '        most = ""\n', PREFIXES),
     # ------------------------------------------------------------ the choice of codes
     Mutation("codes", "later columns of a group do not follow", "csrc/kernels/quantize-inl.h",

@@ -26,7 +26,7 @@ from edgemoe.runtime.change import change
 from edgemoe.runtime.errands import Errands
 from edgemoe.runtime.model import Model
 from edgemoe.runtime.pool import PrefixPool
-from edgemoe.runtime.prefixes import PrefixStore
+from edgemoe.runtime.prefix_store import PrefixStore
 from edgemoe.runtime.requests import Outcome, Request, figures
 from edgemoe.runtime.room import Room
 from edgemoe.runtime.sequence import token_ids

@@ -7,7 +7,8 @@ from numpy.typing import NDArray
 
 from edgemoe.model import SequenceState
 from edgemoe.runtime.model import Model
-from edgemoe.runtime.prefixes import LEAST, Prefix, PrefixStore, covers, fill, shared_tokens
+from edgemoe.runtime.prefix import LEAST, Prefix, covers, fill, shared_tokens
+from edgemoe.runtime.prefix_store import PrefixStore
 
 __all__ = ["PrefixPool"]
 

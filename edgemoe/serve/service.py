@@ -14,7 +14,7 @@ from edgemoe.errors import FormatError
 from edgemoe.runtime.batching import Batcher, QueueFull
 from edgemoe.runtime.opening import Opened
 from edgemoe.runtime.pool import PrefixPool
-from edgemoe.runtime.prefixes import PrefixStore
+from edgemoe.runtime.prefix_store import PrefixStore
 from edgemoe.runtime.profile import ProfileFile
 from edgemoe.runtime.requests import Outcome
 from edgemoe.serve.ask import Ask

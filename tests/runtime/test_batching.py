@@ -19,7 +19,7 @@ from edgemoe.runtime.errands import Errands
 from edgemoe.runtime.model import Model
 from edgemoe.runtime.opening import open_model
 from edgemoe.runtime.options import EngineOptions
-from edgemoe.runtime.prefixes import PrefixStore
+from edgemoe.runtime.prefix_store import PrefixStore
 from edgemoe.runtime.requests import Request
 from edgemoe.text.logprobs import log_softmax
 from edgemoe.text.sampler import SamplingParams

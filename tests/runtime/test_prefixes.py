@@ -25,7 +25,7 @@ from edgemoe.runtime.batching import Batcher
 from edgemoe.runtime.opening import open_model
 from edgemoe.runtime.options import EngineOptions
 from edgemoe.runtime.pool import PrefixPool
-from edgemoe.runtime.prefixes import PrefixStore, identity
+from edgemoe.runtime.prefix_store import PrefixStore, identity
 from edgemoe.text.sampler import SamplingParams
 
 RNG = np.random.default_rng(5)
@@ -212,14 +212,14 @@ def test_what_is_not_ours_stays(tiny_moe, tmp_path):
 
 
 def test_a_full_disk_costs_the_prefix_alone(tiny_moe, tmp_path, caplog, monkeypatch):
-    import edgemoe.runtime.prefixes as prefixes
+    import edgemoe.runtime.prefix_store as prefix_store
 
     def full(path, *_, **__):
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
     one, store = batcher(tiny_moe, tmp_path)
     expected, _ = asked(one, LONG)
-    monkeypatch.setattr(prefixes, "write_summed", full)
+    monkeypatch.setattr(prefix_store, "write_summed", full)
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             asked(one, OTHER)

@@ -89,13 +89,13 @@ def test_an_empty_sequence_is_not_saved_and_a_damaged_one_not_restored(saving):
 
 
 def test_a_full_disk_is_said(saving, monkeypatch):
-    import edgemoe.runtime.prefixes as prefixes
+    import edgemoe.runtime.prefix_store as prefix_store
 
     def full(path, *_, **__):
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
     cached(saving, id_slot=0)
-    monkeypatch.setattr(prefixes, "write_summed", full)
+    monkeypatch.setattr(prefix_store, "write_summed", full)
     done = act(saving, "save", "z", slot=0)
     assert done.status_code == 500
     assert "No space left" in done.json()["error"]["message"]

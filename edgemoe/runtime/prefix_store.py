@@ -1,7 +1,6 @@
-"""Prefixes: the tokens and states of sequences, kept so that a prompt that comes back is not computed again.
+"""Prefixes in a folder: what sequences held is saved, so that a prompt that comes back later is not computed again.
 
-They are kept in memory (`edgemoe.runtime.pool`) or on disk. A file has the format of `edgemoe.file.summed`: it has
-checksums for every row, and appears whole or not at all.
+A file has the format of `edgemoe.file.summed`: it has checksums for every row, and appears whole or not at all.
 
     ids                  int64 [n]      the tokens
     LAYER.PART           uint32         a part of the layer's state after these tokens, as it lies in memory
@@ -22,8 +21,8 @@ import logging
 import os
 import re
 import secrets
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,137 +34,15 @@ from edgemoe.errors import FormatError, OutOfBudget
 from edgemoe.file.summed import SummedFile, write_summed
 from edgemoe.model import SequenceState
 from edgemoe.runtime.model import Model
+from edgemoe.runtime.prefix import LEAST, Prefix, covers, fill, shared_tokens
 
-__all__ = ["LEAST", "Prefix", "PrefixStore", "covers", "fill", "identity", "shared_tokens"]
+__all__ = ["PrefixStore", "identity"]
 
 logger = logging.getLogger(__name__)
 
 _VERSION = "2"
-LEAST = 64
-"""The fewest tokens that are worth keeping."""
-_WORDS = np.dtype("<u4")
-
-
 _NAME = re.compile(r"[A-Za-z0-9_-][\w.-]{0,127}")
 _OURS = re.compile(r"[0-9a-f]{16}\.prefix")  # a name that this module made
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Prefix:
-    """The tokens of a sequence, and the states of its layers after them."""
-
-    ids: NDArray[np.int64]
-    """[n]: the tokens."""
-    turned: int
-    """The sequence's length for which positions were rotated; see `SequenceState.turned`."""
-    adapter: int
-    """The number of the adapter that it was computed with; 0 for the model alone."""
-    is_whole: bool
-    """Whether it can be used with all of its tokens only; see `SequenceState.needs_snapshots`."""
-    parts: dict[str, NDArray[np.uint32]]
-    """The parts of all layers' states, by LAYER.PART."""
-
-    @classmethod
-    def of(cls, state: SequenceState) -> Prefix | None:
-        """Returns what a sequence holds; None if a layer's state cannot be taken.
-
-        The arrays are views of the sequence's memory; see `copy`.
-        """
-        ids = np.array(state.ids, np.int64)
-        parts: dict[str, NDArray[np.uint32]] = {}
-        if state.held < len(ids):
-            return None
-        for i, layer in enumerate(state.layers):
-            found = layer.parts(len(ids))
-            if found is None:
-                return None
-            parts |= {f"{i}.{j}": part.view(_WORDS) for j, part in enumerate(found)}
-        return cls(ids, state.turned, state.adapter, state.needs_snapshots, parts)
-
-    @property
-    def size(self) -> int:
-        """Its memory in bytes."""
-        return self.ids.nbytes + sum(part.nbytes for part in self.parts.values())
-
-    def copy(self) -> Prefix:
-        """Returns a prefix with arrays of its own."""
-        parts = {name: np.array(part) for name, part in self.parts.items()}
-        return replace(self, parts=parts)
-
-
-def covers(model: Model, one: Prefix | _Entry, other: Prefix | _Entry, *, is_whole: bool) -> bool:
-    """Returns whether one prefix is as useful as another to every prompt; see `shared_tokens`.
-
-    Args:
-        model: that both are for.
-        one: the prefix that may stand for both.
-        other: the prefix that may be redundant.
-        is_whole: see `Prefix.is_whole`.
-    """
-    length = len(other.ids)
-    if len(one.ids) < length or (is_whole and len(one.ids) > length):
-        return False
-    is_alike = one.adapter == other.adapter and model.config.turns_alike(one.turned, other.turned)
-    return is_alike and np.array_equal(one.ids[:length], other.ids)
-
-
-def shared_tokens(
-    model: Model, state: SequenceState, ids: NDArray[np.int64], turned: int, tokens: NDArray[np.int32], length: int
-) -> int:  # fmt: skip
-    """Returns how many of a prefix's tokens can be used for a prompt.
-
-    That is the length of their common beginning; 0 where the layers cannot go back to it, as recurrent layers go back
-    to snapshots only, or where the prompt's length changes the frequencies of RoPE.
-
-    Args:
-        model: that both are for.
-        state: a sequence that would take the prefix.
-        ids: [n]: the prefix's tokens.
-        turned: see `Prefix.turned`.
-        tokens: the tokens of the prompt that may be taken from the prefix.
-        length: the number of tokens of the whole prompt.
-    """
-    if not model.config.turns_alike(turned, length):
-        return 0
-    count = min(len(ids), len(tokens))
-    differ = np.flatnonzero(ids[:count] != tokens[:count])
-    count = int(differ[0]) if len(differ) else count
-    return count if count == len(ids) or not state.needs_snapshots else 0
-
-
-def fill(
-    model: Model, state: SequenceState, ids: NDArray[np.int64], turned: int,
-    part: Callable[[str], NDArray[np.uint32]], beside: int,
-) -> None:  # fmt: skip
-    """Puts a prefix into a sequence, one part after another.
-
-    Args:
-        model: that the sequence belongs to.
-        state: the sequence, which loses what it holds.
-        ids: [n]: the prefix's tokens.
-        turned: see `Prefix.turned`.
-        part: returns a part by its name, LAYER.PART.
-        beside: the most bytes that `part` allocates at a time; experts make room for them.
-
-    Raises:
-        OutOfBudget: there is no room for them.
-        FormatError, KeyError: a part does not fit this sequence. Then the sequence must be rewound to the start before
-            it is used again.
-    """
-    length = len(ids)
-    state.rewind(0)
-    model.room.reach(state, length)
-    model.room.lend(beside)
-    state.begin(length)
-    for i, layer in enumerate(state.layers):
-        for j, target in enumerate(layer.make_parts(length)):
-            target, found = target.view(_WORDS), part(f"{i}.{j}")
-            if found.shape != target.shape:
-                raise FormatError(f"{i}.{j} is of another shape")
-            target[...] = found
-    state.turned = turned
-    state.commit(ids.tolist())
-    state.snapshot()
 
 
 @dataclass(slots=True)
