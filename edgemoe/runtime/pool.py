@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from edgemoe.model import SequenceState
 from edgemoe.runtime.model import Model
-from edgemoe.runtime.prefix import LEAST, Prefix, covers, fill, shared_tokens
+from edgemoe.runtime.prefix import LEAST, Prefix, covers, fill, longest
 from edgemoe.runtime.prefix_store import PrefixStore
 
 __all__ = ["PrefixPool"]
@@ -54,15 +54,8 @@ class PrefixPool:
         adapter: int = 0,
     ) -> int:  # fmt: skip
         """Does what `PrefixStore.exchange` does, but looks in memory first."""
-        found, best = None, shared + LEAST - 1
-        for prefix in self._kept:
-            if prefix.adapter != adapter:
-                continue
-            count = shared_tokens(
-                self._model, state, prefix.ids, prefix.turned, tokens[:most], len(tokens)
-            )
-            if count > best:
-                found, best = prefix, count
+        least = shared + LEAST - 1
+        found, best = longest(self._model, state, self._kept, tokens, least, most, adapter)
         if found is not None:
             self._kept.remove(found)  # before `_keep`, which needs its place
         if state.length - shared >= LEAST:

@@ -5,9 +5,9 @@ They are kept in memory (`edgemoe.runtime.pool`) or on disk (`edgemoe.runtime.pr
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +16,7 @@ from edgemoe.errors import FormatError
 from edgemoe.model import SequenceState
 from edgemoe.runtime.model import Model
 
-__all__ = ["LEAST", "Prefix", "covers", "fill", "shared_tokens"]
+__all__ = ["LEAST", "Prefix", "covers", "fill", "longest"]
 
 LEAST = 64
 """The fewest tokens that are worth keeping."""
@@ -77,8 +77,11 @@ class _Known(Protocol):
     def adapter(self) -> int: ...
 
 
+_K = TypeVar("_K", bound=_Known)
+
+
 def covers(model: Model, one: _Known, other: _Known, *, is_whole: bool) -> bool:
-    """Returns whether one prefix is as useful as another to every prompt; see `shared_tokens`.
+    """Returns whether one prefix is as useful as another to every prompt; see `longest`.
 
     Args:
         model: that both are for.
@@ -93,23 +96,41 @@ def covers(model: Model, one: _Known, other: _Known, *, is_whole: bool) -> bool:
     return is_alike and np.array_equal(one.ids[:length], other.ids)
 
 
-def shared_tokens(
-    model: Model, state: SequenceState, ids: NDArray[np.int64], turned: int, tokens: NDArray[np.int32], length: int
-) -> int:  # fmt: skip
-    """Returns how many of a prefix's tokens can be used for a prompt.
+def longest(
+    model: Model, state: SequenceState, prefixes: Iterable[_K], tokens: NDArray[np.int32],
+    least: int, most: int, adapter: int,
+) -> tuple[_K | None, int]:  # fmt: skip
+    """Returns the prefix that shares the most tokens with a prompt, and how many it shares.
+
+    Args:
+        model: that all are for.
+        state: a sequence that would take the prefix.
+        prefixes: those to choose from.
+        tokens: the prompt, [T].
+        least: it must share more tokens than this; otherwise the result is (None, `least`).
+        most: how many tokens of the prompt may be reused at most.
+        adapter: the number of the adapter that the prompt is computed with.
+    """
+    found, best = None, least
+    for prefix in prefixes:
+        if prefix.adapter != adapter:
+            continue
+        count = _shared(model, state, prefix, tokens[:most], len(tokens))
+        if count > best:
+            found, best = prefix, count
+    return found, best
+
+
+def _shared(
+    model: Model, state: SequenceState, prefix: _Known, tokens: NDArray[np.int32], length: int
+) -> int:
+    """Returns how many of a prefix's tokens can be used for a prompt, of `length` tokens, that begins with `tokens`.
 
     That is the length of their common beginning; 0 where the layers cannot go back to it, as recurrent layers go back
     to snapshots only, or where the prompt's length changes the frequencies of RoPE.
-
-    Args:
-        model: that both are for.
-        state: a sequence that would take the prefix.
-        ids: [n]: the prefix's tokens.
-        turned: see `Prefix.turned`.
-        tokens: the tokens of the prompt that may be taken from the prefix.
-        length: the number of tokens of the whole prompt.
     """
-    if not model.config.turns_alike(turned, length):
+    ids = prefix.ids
+    if not model.config.turns_alike(prefix.turned, length):
         return 0
     count = min(len(ids), len(tokens))
     differ = np.flatnonzero(ids[:count] != tokens[:count])

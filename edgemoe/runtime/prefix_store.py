@@ -34,7 +34,7 @@ from edgemoe.errors import FormatError, OutOfBudget
 from edgemoe.file.summed import SummedFile, write_summed
 from edgemoe.model import SequenceState
 from edgemoe.runtime.model import Model
-from edgemoe.runtime.prefix import LEAST, Prefix, covers, fill, shared_tokens
+from edgemoe.runtime.prefix import LEAST, Prefix, covers, fill, longest
 
 __all__ = ["PrefixStore", "identity"]
 
@@ -150,24 +150,8 @@ class PrefixStore:
     def find(
         self, state: SequenceState, tokens: NDArray[np.int32], least: int, most: int
     ) -> tuple[_Entry | None, int]:
-        """Returns the file that shares the most tokens with a prompt, and how many it shares.
-
-        Args:
-            state: the sequence that would take it.
-            tokens: the prompt, [T].
-            least: the file must share more tokens than this; otherwise the result is (None, `least`).
-            most: how many tokens of the prompt may be reused at most.
-        """
-        found, best = None, least
-        for entry in self._entries:
-            if entry.adapter != state.adapter:
-                continue
-            count = shared_tokens(
-                self._model, state, entry.ids, entry.turned, tokens[:most], len(tokens)
-            )
-            if count > best:
-                found, best = entry, count
-        return found, best
+        """Returns the file that shares the most tokens with a prompt, and how many it shares; see `longest`."""
+        return longest(self._model, state, self._entries, tokens, least, most, state.adapter)
 
     def save(self, state: SequenceState) -> bool:
         """Saves what a sequence holds, if it is long enough and not saved yet; returns whether it is saved now."""
