@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 from starlette.requests import Request
@@ -163,6 +163,8 @@ class Detokenize(msgspec.Struct):
 
 class Template(msgspec.Struct):
     """The body of /apply-template."""
+
+    tool_form: ClassVar = fields.CHAT_TOOLS
 
     messages: list[dict[str, Any]]
     tools: list[fields.Tool] | None = None

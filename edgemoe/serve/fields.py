@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from typing import Any, TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar, TypeVar
 
 import msgspec
 
 from edgemoe.serve.problems import Problem, wrong
 
 __all__ = [
-    "ChatRequest", "CompletionRequest", "CountRequest", "MessagesRequest", "ResponsesRequest", "Tool",
+    "CHAT_TOOLS", "ChatRequest", "CompletionRequest", "CountRequest", "MessagesRequest", "ResponsesRequest", "Tool",
     "forget", "functions", "read", "reasoning_budget",
 ]  # fmt: skip
 
@@ -64,6 +64,10 @@ class Tool(msgspec.Struct):
     function: Function | None = None
 
 
+CHAT_TOOLS = ("function", Tool.__struct_fields__)
+"""A dialect's form of tools: the type of those that a client runs, and their fields."""
+
+
 def functions(tools: list[Tool] | None, ignored: list[str]) -> list[dict[str, Any]]:
     """Returns the functions of tools as chat templates see them; names tools of other kinds in `ignored`."""
     found = []
@@ -112,6 +116,8 @@ class _Completion(_Base, kw_only=True):
 class ChatRequest(_Completion, kw_only=True):
     """The body of /v1/chat/completions."""
 
+    tool_form: ClassVar = CHAT_TOOLS
+
     messages: list[dict[str, Any]]
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
@@ -135,6 +141,8 @@ class CompletionRequest(_Completion, kw_only=True):
 
 
 class _MessagesBase(msgspec.Struct, kw_only=True):
+    tool_form: ClassVar = ("custom", ("type", "name", "description", "input_schema", "strict"))
+
     messages: list[dict[str, Any]]
     model: str | None = None
     system: str | list[dict[str, Any]] | None = None
@@ -160,6 +168,8 @@ class MessagesRequest(_MessagesBase, kw_only=True):
 
 class ResponsesRequest(msgspec.Struct, kw_only=True):
     """The body of /v1/responses."""
+
+    tool_form: ClassVar = ("function", ("type", *Function.__struct_fields__))
 
     input: str | list[dict[str, Any]]
     model: str | None = None
@@ -250,6 +260,8 @@ def read(body: bytes, kind: type[_T]) -> tuple[_T, list[str]]:
             raise wrong(name, _REFUSED.get(name, "this model reads and writes text alone"))
         ignored.append(name)
     ignored += _nested({name: value for name, value in raw.items() if name in known})
+    if "tools" in known:
+        ignored += _in_tools(raw.get("tools"), *kind.tool_form)  # type: ignore[attr-defined]
     _check_numbers(found)
     return found, ignored
 
@@ -269,6 +281,30 @@ def _nested(raw: Mapping[str, Any]) -> list[str]:
     if any(part.get("cache_control") is not None for part in parts):
         found.append("cache_control")
     return found
+
+
+def _in_tools(tools: object, kind: str, known: Sequence[str]) -> Iterator[str]:
+    """Yields the fields without effect inside tools, each where it comes first.
+
+    Args:
+        tools: the tools of a request. Those of another type are reported whole.
+        kind: the type of the others.
+        known: the fields of these.
+    """
+    seen = {"cache_control"}
+    for i, tool in enumerate(tools if isinstance(tools, list) else ()):
+        if tool.get("type", kind) != kind:
+            continue
+        inner = tool.get("function") if "function" in known else None
+        for where, part, fields in (
+            (f"tools[{i}].", tool, known),
+            (f"tools[{i}].function.", inner or {}, Function.__struct_fields__),
+        ):
+            for name in part:
+                field = where.partition(".")[2] + name
+                if part[name] and name not in fields and field not in seen:
+                    seen.add(field)
+                    yield where + name
 
 
 def _parts(items: object) -> Iterator[Mapping[str, Any]]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import edgemoe
-from edgemoe.errors import FormatError
+from edgemoe.errors import FormatError, shortened
 from edgemoe.runtime.batching import Batcher, QueueFull
 from edgemoe.runtime.opening import Opened
 from edgemoe.runtime.pool import PrefixPool
@@ -41,6 +41,7 @@ logger = logging.getLogger(__name__)
 
 _LOOKED_AT = 4096  # characters at the end of a prompt that may be the beginning of the reply
 _NO_GRAMMAR = "cannot be kept to: this server was started with --no-grammar"
+_MOST_IGNORED, _LONGEST_NAME = 64, 80  # names of fields without effect, and characters of each
 _SURELY_LONG = 8  # characters per token; text has about four
 
 
@@ -189,17 +190,22 @@ class Service:
             said = str(error).removeprefix("adapter: ")
             raise Problem(404, f"{param}: {said}", param=param, code="model_not_found") from None
 
-    def note(self, ignored: Sequence[str]) -> None:
+    def note(self, ignored: list[str]) -> None:
         """Counts fields of a request that have no effect, and logs those that are new; with --strict, refuses them.
+
+        Long names, and many, are cut in place: counters and logs keep them, and no budget has room for a body of names.
 
         Raises:
             Problem: there is one, and the server is strict.
         """
+        if len(ignored) > _MOST_IGNORED:
+            ignored[_MOST_IGNORED:] = ["further fields"]
+        ignored[:] = (shortened(name, _LONGEST_NAME) for name in ignored)
         if ignored and self.settings.is_strict:
             name = ignored[0].partition(": ")[0]
             raise wrong(name, "has no effect here, and --strict refuses what has none")
         for name in self.figures.ignored(ignored):
-            logger.warning("a client sends %s, which has no effect here", name[:80])
+            logger.warning("a client sends %s, which has no effect here", name)
 
     def shown(self, adapter: int) -> str:
         """Returns the name of the model with an adapter, as replies show it."""

@@ -90,6 +90,7 @@ CHATS, CLAUDE, RESPONSES = "/v1/chat/completions", "/v1/messages", "/v1/response
 COUNT, TEMPLATE = "/v1/messages/count_tokens", "/apply-template"
 LOOSE = {"type": "object", "properties": {"a": {"type": "string", "pattern": "(?=a)b"}}}
 """A schema that no grammar can see to."""
+FUNCTION = {"type": "function", "function": {"name": "f"}}
 
 
 def strict(schema):
@@ -120,6 +121,13 @@ def strict(schema):
         ("/tokenize", {"content": "x", "parse_special": True}, "parse_special"),
         ("/detokenize", {"tokens": [65], "x": 1}, "x"), (TEMPLATE, chat(x=1), "x"),
         (TEMPLATE, chat(tools=[{"type": "x"}]), "tools[0]"),
+        (CHATS, chat(tools=[FUNCTION | {"x": 1}]), "tools[0].x"),
+        (CHATS, chat(tools=[FUNCTION, FUNCTION | {"function": {"name": "g", "x": 1}}]), "tools[1].function.x"),
+        (CHATS, chat(tools=[FUNCTION | {"cache_control": {}}]), "cache_control"),
+        (TEMPLATE, chat(tools=[FUNCTION | {"x": 1}]), "tools[0].x"),
+        (CLAUDE, chat(tools=[{"name": "f", "input_schema": {}, "defer_loading": True}]), "tools[0].defer_loading"),
+        (COUNT, chat(tools=[{"name": "f", "input_schema": {}, "parameters": LOOSE}]), "tools[0].parameters"),
+        (RESPONSES, {"input": "x", "tools": [{"type": "function", "name": "f", "x": 1}]}, "tools[0].x"),
     ],
 )  # fmt: skip
 def test_strict_servers_refuse_what_has_no_effect(guarded, server, path, body, name):
@@ -133,10 +141,25 @@ def test_strict_servers_refuse_what_has_no_effect(guarded, server, path, body, n
     assert server.post(path, body, headers=headers).status_code == 200
 
 
+def test_names_without_effect_that_are_many_or_long_are_cut(server):
+    tools = [FUNCTION | {"x": 1}, {"type": "function", "function": {"name": "g"}, "x": 1}]
+    tools += [{"type": f"{i}" * 1000} for i in range(100)]
+    done = server.post(CHATS, chat(max_tokens=1, tools=tools, **{"y" * 1000: 1}))
+    ignored = done.json()["edgemoe"]["ignored"]
+    assert len(ignored) == 65
+    assert ignored[-1] == "further fields"
+    assert max(map(len, ignored)) == 80
+    assert ignored[0].startswith("yyy")
+    assert ignored[1] == "tools[0].x"
+    assert ignored[2].startswith("tools[2]: 000")
+    assert server.service.log.since(0)[-1]["ignored"] == ignored
+
+
 @pytest.mark.parametrize(
     ("path", "body"),
     [
         (CHATS, chat(tools=[{"type": "function", "function": strict({"type": "object"})}])),
+        (CHATS, chat(tools=[FUNCTION | {"x": False, "y": None}])),
         (CHATS, chat(tools=[{"type": "function", "function": strict(LOOSE)}], tool_choice="none")),
         (CHATS, chat(tools=[{"type": "function", "function": {**strict(LOOSE), "strict": False}}])),
         (CHATS, chat(thinking={"type": "enabled", "budget_tokens": 9})),
