@@ -165,6 +165,7 @@ class Template(msgspec.Struct):
     """The body of /apply-template."""
 
     tool_form: ClassVar = fields.CHAT_TOOLS
+    message_fields: ClassVar = fields.CHAT_MESSAGES
 
     messages: list[dict[str, Any]]
     tools: list[fields.Tool] | None = None

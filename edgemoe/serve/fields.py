@@ -11,8 +11,8 @@ import msgspec
 from edgemoe.serve.problems import Problem, wrong
 
 __all__ = [
-    "CHAT_TOOLS", "ChatRequest", "CompletionRequest", "CountRequest", "MessagesRequest", "ResponsesRequest", "Tool",
-    "forget", "functions", "read", "reasoning_budget",
+    "CHAT_MESSAGES", "CHAT_TOOLS", "ChatRequest", "CompletionRequest", "CountRequest", "MessagesRequest",
+    "ResponsesRequest", "Tool", "forget", "functions", "read", "reasoning_budget",
 ]  # fmt: skip
 
 _MOST_MESSAGES, _MOST_TOOLS, MOST_STOPS, _MOST_CHOICES, MOST_TOP = 4096, 256, 16, 8, 20
@@ -67,6 +67,12 @@ class Tool(msgspec.Struct):
 CHAT_TOOLS = ("function", Tool.__struct_fields__)
 """A dialect's form of tools: the type of those that a client runs, and their fields."""
 
+CHAT_MESSAGES = (
+    "role", "content", "name", "tool_call_id", "reasoning_content", "tool_calls", "type", "text", "refusal",
+    "id", "index", "function",
+)  # fmt: skip
+"""The fields of a dialect's messages, of the parts of these and of calls, that are read or ask for nothing."""
+
 
 def functions(tools: list[Tool] | None, ignored: list[str]) -> list[dict[str, Any]]:
     """Returns the functions of tools as chat templates see them; names tools of other kinds in `ignored`."""
@@ -117,6 +123,7 @@ class ChatRequest(_Completion, kw_only=True):
     """The body of /v1/chat/completions."""
 
     tool_form: ClassVar = CHAT_TOOLS
+    message_fields: ClassVar = CHAT_MESSAGES
 
     messages: list[dict[str, Any]]
     max_completion_tokens: int | None = None
@@ -142,6 +149,10 @@ class CompletionRequest(_Completion, kw_only=True):
 
 class _MessagesBase(msgspec.Struct, kw_only=True):
     tool_form: ClassVar = ("custom", ("type", "name", "description", "input_schema", "strict"))
+    message_fields: ClassVar = (
+        "role", "content", "type", "text", "thinking", "signature", "data", "id", "name", "input",
+        "tool_use_id",
+    )  # fmt: skip
 
     messages: list[dict[str, Any]]
     model: str | None = None
@@ -170,6 +181,10 @@ class ResponsesRequest(msgspec.Struct, kw_only=True):
     """The body of /v1/responses."""
 
     tool_form: ClassVar = ("function", ("type", *Function.__struct_fields__))
+    message_fields: ClassVar = (
+        "role", "content", "type", "text", "refusal", "id", "status", "name", "call_id", "arguments", "input",
+        "output", "annotations", "logprobs",
+    )  # fmt: skip
 
     input: str | list[dict[str, Any]]
     model: str | None = None
@@ -262,6 +277,9 @@ def read(body: bytes, kind: type[_T]) -> tuple[_T, list[str]]:
     ignored += _nested({name: value for name, value in raw.items() if name in known})
     if "tools" in known:
         ignored += _in_tools(raw.get("tools"), *kind.tool_form)  # type: ignore[attr-defined]
+    fields = getattr(kind, "message_fields", ())
+    for name in ("messages", "system", "input") if fields else ():
+        ignored += _in_messages(name, raw.get(name), fields)
     _check_numbers(found)
     return found, ignored
 
@@ -307,12 +325,23 @@ def _in_tools(tools: object, kind: str, known: Sequence[str]) -> Iterator[str]:
                     yield where + name
 
 
+def _in_messages(name: str, items: object, known: Sequence[str]) -> Iterator[str]:
+    """Yields the fields without effect inside the messages of the field `name`, each once."""
+    seen = {"cache_control", *known}
+    for part in _parts(items):
+        for field, value in part.items():
+            if value and field not in seen:
+                seen.add(field)
+                yield f"{name}.{field}"
+
+
 def _parts(items: object) -> Iterator[Mapping[str, Any]]:
-    """Yields the objects of a list, and those of their contents."""
+    """Yields the objects of a list, and those of their contents and calls."""
     for item in items if isinstance(items, list) else ():
         if isinstance(item, dict):
             yield item
             yield from _parts(item.get("content"))
+            yield from _parts(item.get("tool_calls"))
 
 
 def _located(text: str) -> Problem:

@@ -26,6 +26,12 @@ _NAME = re.compile(r"[\w.:/-]{1,128}")
 _BILLING = "x-anthropic-billing-header:"
 _TAKEN = {"messages", "tools", "most_characters", "self"}
 """Variables of templates that a client must not set."""
+_REFUSED = {
+    "function_call": "not supported; say tool_calls",
+    "audio": "this model reads text alone",
+    "images": "this model reads text alone",
+}
+"""Fields of messages that are refused, and why: to ignore one would leave out a part of the conversation."""
 _TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
 
 
@@ -75,6 +81,9 @@ def _message(message: Mapping[str, Any], where: str) -> Message:
     role = {"developer": "system", "function": "tool"}.get(str(role), role)
     if role not in _ROLES:
         raise wrong(f"{where}.role", f"expected one of {', '.join(_ROLES)}, got {role!r}")
+    for name, why in _REFUSED.items():
+        if message.get(name):
+            raise wrong(f"{where}.{name}", why)
     out: Message = {"role": role, "content": _content(message.get("content"), f"{where}.content")}
     for name in ("name", "tool_call_id", "reasoning_content"):
         value = message.get(name)

@@ -20,7 +20,7 @@ from edgemoe.runtime.prefixes import PrefixStore
 from edgemoe.runtime.profile import ProfileFile
 from edgemoe.runtime.requests import Constraint, Outcome
 from edgemoe.serve.desk import Desk
-from edgemoe.serve.figures import ServerFigures
+from edgemoe.serve.figures import FURTHER, ServerFigures
 from edgemoe.serve.grammar import Grammars
 from edgemoe.serve.guide import Guide
 from edgemoe.serve.log import Asked, RequestLog, asked_now
@@ -199,7 +199,7 @@ class Service:
             Problem: there is one, and the server is strict.
         """
         if len(ignored) > _MOST_IGNORED:
-            ignored[_MOST_IGNORED:] = ["further fields"]
+            ignored[_MOST_IGNORED:] = [FURTHER]
         ignored[:] = (shortened(name, _LONGEST_NAME) for name in ignored)
         if ignored and self.settings.is_strict:
             name = ignored[0].partition(": ")[0]

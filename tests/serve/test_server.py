@@ -91,6 +91,9 @@ COUNT, TEMPLATE = "/v1/messages/count_tokens", "/apply-template"
 LOOSE = {"type": "object", "properties": {"a": {"type": "string", "pattern": "(?=a)b"}}}
 """A schema that no grammar can see to."""
 FUNCTION = {"type": "function", "function": {"name": "f"}}
+ASKED = {"role": "user", "content": "x"}
+CALLING = {"role": "assistant", "tool_calls": [{"id": "a", "x": 1, **FUNCTION}]}
+RETURNED = {"role": "tool", "tool_call_id": "a", "content": "x"}
 
 
 def strict(schema):
@@ -121,6 +124,18 @@ def strict(schema):
         ("/tokenize", {"content": "x", "parse_special": True}, "parse_special"),
         ("/detokenize", {"tokens": [65], "x": 1}, "x"), (TEMPLATE, chat(x=1), "x"),
         (TEMPLATE, chat(tools=[{"type": "x"}]), "tools[0]"),
+        (CHATS, {"messages": [{"role": "user", "content": "x", "x": 1}]}, "messages.x"),
+        (CHATS, chat([{"type": "text", "text": "x", "x": 1}]), "messages.x"),
+        (CHATS, {"messages": [CALLING, RETURNED]}, "messages.x"),
+        (CHATS, chat(stream_options={"include_usage": True}), "stream_options"),
+        (CHATS, chat(timings_per_token=True), "timings_per_token"),
+        ("/v1/completions", {"prompt": "x", "return_progress": True}, "return_progress"),
+        (TEMPLATE, chat([{"type": "text", "text": "x", "x": 1}]), "messages.x"),
+        (CLAUDE, chat([{"type": "text", "text": "x", "citations": ["x"]}]), "messages.citations"),
+        (CLAUDE, chat([{"type": "tool_result", "tool_use_id": "a", "is_error": True}]), "messages.is_error"),
+        (CLAUDE, chat([{"type": "redacted_thinking", "data": "x"}]), "redacted_thinking"),
+        (CLAUDE, chat(system=[{"type": "text", "text": "x", "x": 1}]), "system.x"),
+        (RESPONSES, {"input": [ASKED, {"type": "reasoning", "encrypted_content": "x"}]}, "input.encrypted_content"),
         (CHATS, chat(tools=[FUNCTION | {"x": 1}]), "tools[0].x"),
         (CHATS, chat(tools=[FUNCTION, FUNCTION | {"function": {"name": "g", "x": 1}}]), "tools[1].function.x"),
         (CHATS, chat(tools=[FUNCTION | {"cache_control": {}}]), "cache_control"),
@@ -160,6 +175,7 @@ def test_names_without_effect_that_are_many_or_long_are_cut(server):
     [
         (CHATS, chat(tools=[{"type": "function", "function": strict({"type": "object"})}])),
         (CHATS, chat(tools=[FUNCTION | {"x": False, "y": None}])),
+        (CHATS, {"messages": [ASKED | {"annotations": [], "audio": None, "function_call": None}]}),
         (CHATS, chat(tools=[{"type": "function", "function": strict(LOOSE)}], tool_choice="none")),
         (CHATS, chat(tools=[{"type": "function", "function": {**strict(LOOSE), "strict": False}}])),
         (CHATS, chat(thinking={"type": "enabled", "budget_tokens": 9})),
