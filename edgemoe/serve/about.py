@@ -199,4 +199,4 @@ def apply_template(service: Service, body: bytes) -> dict[str, Any]:
     said, ignored = fields.read(body, Template)
     talk = Conversation(said.messages, fields.functions(said.tools, ignored))
     service.note(ignored)
-    return {"prompt": service.rendered(talk, said.chat_template_kwargs or {})}
+    return {"prompt": service.rendered(talk, said.chat_template_kwargs or {}, [])}

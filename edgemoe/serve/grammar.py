@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import logging
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -19,8 +18,6 @@ from edgemoe.text.replies import ReplyFormat
 from edgemoe.text.tokenizer import Tokenizer
 
 __all__ = ["Grammars", "grammar_bytes", "lost"]
-
-logger = logging.getLogger(__name__)
 
 _LARGEST = 256 << 10  # characters of a schema or grammar
 _KEPT = 64
@@ -106,8 +103,6 @@ class Grammars:
     ) -> tuple[str | None, dict[int, str]]:  # fmt: skip
         """Returns the grammars that constrain a reply.
 
-        If a tool's schema cannot be enforced and no tool has to be called, the arguments of calls are not constrained.
-
         Args:
             form: how the model writes reasoning and calls.
             tools: those that may be called; empty for none.
@@ -122,22 +117,16 @@ class Grammars:
         Raises:
             Problem: what the reply must be cannot be enforced.
         """
-        try:
-            if form.is_channelled:
-                if not tools and answer is None and most_reasoning < 0:
-                    return None, {}
-                return self.channels(tools, answer, must=must, most_reasoning=most_reasoning), {}
-            if must:
-                return self.calls(form, tools, several=several), {}
-            token = self._tokenizer.token_id(form.opener)
-            if token is None:
-                return self.free_calls(form, tools), {}
-            return None, {token: self.calls(form, tools, several=False, after=form.opener)}
-        except Problem as problem:
-            if must or not tools:
-                raise
-            logger.debug("calls are not kept to their schemas: %s", problem)
-            return answer, {}
+        if form.is_channelled:
+            if not tools and answer is None and most_reasoning < 0:
+                return None, {}
+            return self.channels(tools, answer, must=must, most_reasoning=most_reasoning), {}
+        if must:
+            return self.calls(form, tools, several=several), {}
+        token = self._tokenizer.token_id(form.opener)
+        if token is None:
+            return self.free_calls(form, tools), {}
+        return None, {token: self.calls(form, tools, several=False, after=form.opener)}
 
     def calls(
         self,

@@ -243,7 +243,7 @@ class MessagesAnswer(Answer):
         }  # fmt: skip
         yield {
             "type": "message_delta", "delta": {"stop_reason": reason, "stop_sequence": part.stop},
-            "usage": usage, "edgemoe": usage_extras(figures, ask.ignored, self.service.model.notes),
+            "usage": usage, "edgemoe": usage_extras(figures, ask, self.service.model.notes),
         }  # fmt: skip
         yield {"type": "message_stop"}
 

@@ -6,7 +6,6 @@ It must be deterministic: a prompt that differs shares no prefix with what was c
 from __future__ import annotations
 
 import json
-import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -16,8 +15,6 @@ from edgemoe.text.replies import ReplyFormat
 from edgemoe.text.tokenizer import Tokenizer
 
 __all__ = ["Conversation", "render"]
-
-logger = logging.getLogger(__name__)
 
 Message = dict[str, Any]
 
@@ -143,6 +140,7 @@ def render(
     *,
     most_characters: int,
     variables: Mapping[str, Any],
+    notes: list[str],
 ) -> str:
     """Returns the prompt of a conversation.
 
@@ -156,6 +154,7 @@ def render(
         form: how the model writes reasoning and calls.
         most_characters: the longest prompt.
         variables: further variables of the template.
+        notes: gets a line if the messages are reworded.
 
     Raises:
         Problem: the template refuses all wordings, or the prompt becomes too long.
@@ -180,7 +179,7 @@ def render(
             refusal = refusal or str(error)
             continue
         if how:
-            logger.debug("messages were reworded for the template: %s", how)
+            notes.append(f"messages were reworded for the model's template: {how}")
         return text
     raise Problem(400, f"messages: {refusal}", param="messages")
 

@@ -68,6 +68,8 @@ class Ask:
     """See `Wanted`."""
     ignored: list[str] = field(default_factory=list)
     """The fields of the request that have no effect."""
+    notes: list[str] = field(default_factory=list)
+    """What was done otherwise than the request may expect, one line each."""
 
 
 _Token = tuple[int, TokenLogprob | None]
@@ -354,19 +356,25 @@ def call_id(prefix: str, reply_id: str, number: int) -> str:
     return f"{prefix}{reply_id.rpartition('-')[2][:20]}{number}"
 
 
-def usage_extras(figures: Figures, ignored: list[str], notes: tuple[str, ...]) -> dict[str, Any]:
-    """Returns the field "edgemoe" of a reply: what the engine did for it."""
+def usage_extras(figures: Figures, ask: Ask, notes: tuple[str, ...]) -> dict[str, Any]:
+    """Returns the field "edgemoe" of a reply: what the engine did for it.
+
+    Args:
+        figures: the reply's.
+        ask: what was asked.
+        notes: the model's.
+    """
     uses = figures.hits + figures.misses
     out: dict[str, Any] = {
         "hit_rate": figures.hits / uses if uses else 1.0, "bytes_read": figures.bytes_read,
         "average_bits": round(figures.average_bits, 3), "skipped": figures.skipped_share,
         "substituted": figures.substituted_share, "beside": figures.beside,
-        "logits_hash": figures.logits_hash, "ignored": ignored,
+        "logits_hash": figures.logits_hash, "ignored": ask.ignored,
     }  # fmt: skip
     if figures.changed:
         out["changed"] = figures.changed
-    if notes:
-        out["notes"] = list(notes)
+    if notes or ask.notes:
+        out["notes"] = [*notes, *ask.notes]
     return out
 
 

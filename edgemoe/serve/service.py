@@ -82,6 +82,8 @@ class Wanted:
     """The fields that ask for calls that follow their tool's schema; without effect where no grammar sees to it."""
     ignored: list[str] = field(default_factory=list)
     """The fields of the request that have no effect."""
+    notes: list[str] = field(default_factory=list)
+    """See `Ask`."""
 
     @property
     def must_call(self) -> bool:
@@ -250,14 +252,14 @@ class Service:
             variables.setdefault("enable_thinking", thinks)
         if wanted.effort and wanted.effort != "none":
             variables.setdefault("reasoning_effort", wanted.effort)
-        text = self.rendered(talk, variables)
+        text = self.rendered(talk, variables, wanted.notes)
         ids = self.encoded(text, "messages", add_special=not self.tokenizer.has_chat_template)
         is_reasoning = self.reading.is_opened(text)
         ask = Ask(
             ids=ids, params=params, choices=wanted.choices, top=wanted.top, ignored=wanted.ignored,
             schemas={t["name"]: t.get("parameters") or {} for t in tools} if tools else None,
             prompt=text[-_LOOKED_AT:], must_call=wanted.must_call, several_calls=wanted.several_calls, slot=wanted.slot,
-            reuses=wanted.reuses, keep_alive=wanted.keep_alive, adapter=wanted.adapter,
+            reuses=wanted.reuses, keep_alive=wanted.keep_alive, adapter=wanted.adapter, notes=wanted.notes,
         )  # fmt: skip
         most = (
             self.settings.reasoning_budget
@@ -269,8 +271,8 @@ class Service:
         )
         return ask
 
-    def rendered(self, talk: Conversation, variables: Mapping[str, Any]) -> str:
-        """Returns the prompt of a conversation, as text.
+    def rendered(self, talk: Conversation, variables: Mapping[str, Any], notes: list[str]) -> str:
+        """Returns the prompt of a conversation, as text; `notes` gets a line if messages are reworded.
 
         Raises:
             Problem: the template refuses it, or it takes too much memory.
@@ -280,7 +282,7 @@ class Service:
         few = Tokenizer.most_bytes(said[: _SURELY_LONG * self.context])  # tokenizing comes next
         self.desk.need(max(Meter.most_bytes(given), few))
         return render(
-            self.tokenizer, talk, self.form, variables=variables,
+            self.tokenizer, talk, self.form, variables=variables, notes=notes,
             most_characters=_SURELY_LONG * self.context + 2 * given + 4096,
         )  # fmt: skip
 
@@ -297,6 +299,7 @@ class Service:
         """
         form, grammars, several = self.form, self.grammars, wanted.several_calls
         lazy: dict[int, str] = {}
+        why = ""
         grammar = self.grammar(wanted.form)
         must = wanted.must_call
         if wanted.form is not None and tools:
@@ -306,11 +309,17 @@ class Service:
         # If only the model's own response template knows its calls, and none has to come, they are not constrained.
         knows = self.speaks_of_tools or self.reading.template is None or must
         if grammars is not None and (tools or form.is_channelled) and knows:
-            grammar, lazy = grammars.reply(
-                form, tools, grammar, must=must, several=several, most_reasoning=most
-            )
+            try:
+                grammar, lazy = grammars.reply(
+                    form, tools, grammar, must=must, several=several, most_reasoning=most
+                )
+            except Problem as problem:
+                if must or not tools:
+                    raise
+                why = f": {problem.message}"
         if tools and grammar is None and not lazy:
             wanted.ignored += wanted.strict
+            wanted.notes.append(f"calls are not kept to the schemas of their tools{why}")
         marks: tuple[int | None, int | None] = (None, None)
         if form.reasoning is not None and not form.is_channelled and self.can_reason:
             first, last = (self.tokenizer.token_id(w) for w in form.reasoning)

@@ -17,8 +17,10 @@ from dataclasses import replace
 import httpx2 as httpx
 import pytest
 from served import running, started
+from tiny import tiny_checkpoint
 
 import edgemoe
+from edgemoe.convert.convert import convert
 from edgemoe.errors import FormatError
 from edgemoe.runtime.opening import open_model
 from edgemoe.runtime.options import EngineOptions
@@ -154,6 +156,39 @@ def test_strict_servers_refuse_what_has_no_effect(guarded, server, path, body, n
     message = done.json()["error"]["message"]
     assert message == f"{name}: has no effect here, and --strict refuses what has none"
     assert server.post(path, body, headers=headers).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (CHATS, chat(tools=[{"type": "function", "function": {"name": "f", "parameters": LOOSE}}])),
+        (CLAUDE, chat(tools=[{"name": "f", "input_schema": LOOSE}])),
+        (RESPONSES, {"input": "x", "tools": [{"type": "function", "name": "f", "parameters": LOOSE}]}),
+    ],
+)  # fmt: skip
+def test_a_reply_says_that_calls_are_not_kept_to_a_schema(server, path, body):
+    body = {**body, "max_output_tokens" if path == RESPONSES else "max_tokens": 1}
+    done = server.post(path, body).json()
+    (note,) = done["edgemoe"]["notes"]
+    assert note.startswith("calls are not kept to the schemas of their tools: tools[0].function.pa")
+
+
+ALTERNATING = """{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}
+{{ raise_exception('roles must alternate') }}{% endif %}<|im_start|>{{ message['content'] }}{% endfor %}"""
+
+
+def test_a_reply_says_that_messages_were_reworded(tmp_path):
+    checkpoint = tiny_checkpoint()
+    config = json.loads(checkpoint.files["tokenizer_config.json"]) | {"chat_template": ALTERNATING}
+    checkpoint.files["tokenizer_config.json"] = json.dumps(config).encode()
+    convert(checkpoint, tmp_path / "x.moe")
+    with running(tmp_path / "x.moe") as server:
+        twice = {"messages": [ASKED, ASKED], "max_tokens": 1}
+        how = "neighbours of one role are one message"
+        for path in (CHATS, CLAUDE):
+            said = server.post(path, twice).json()["edgemoe"]["notes"]
+            assert said == [f"messages were reworded for the model's template: {how}"]
+        assert "notes" not in server.post(CHATS, chat(max_tokens=1)).json()["edgemoe"]
 
 
 def test_names_without_effect_that_are_many_or_long_are_cut(server):
