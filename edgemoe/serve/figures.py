@@ -13,11 +13,9 @@ from edgemoe.runtime.batching import Batcher
 from edgemoe.runtime.model import Model
 from edgemoe.runtime.requests import Outcome
 
-__all__ = ["FURTHER", "ServerFigures"]
+__all__ = ["ServerFigures"]
 
-FURTHER = "further fields"
-"""Stands for fields without effect that are not named, as there are too many."""
-_MOST_NAMES = 1000
+_MOST_NAMES, _OTHERS = 1000, "further fields"  # with a counter each; that of all others
 _SECONDS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 
 
@@ -67,7 +65,7 @@ class ServerFigures:
         with self._lock:
             for name in names:
                 if name not in self._ignored and len(self._ignored) >= _MOST_NAMES:
-                    name = FURTHER
+                    name = _OTHERS
                 if name not in self._ignored:
                     new.append(name)
                 self._ignored[name] += 1

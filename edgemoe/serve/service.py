@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import edgemoe
-from edgemoe.errors import FormatError, shortened
+from edgemoe.errors import FormatError
 from edgemoe.runtime.batching import Batcher, QueueFull
 from edgemoe.runtime.opening import Opened
 from edgemoe.runtime.pool import PrefixPool
@@ -20,7 +20,7 @@ from edgemoe.runtime.prefixes import PrefixStore
 from edgemoe.runtime.profile import ProfileFile
 from edgemoe.runtime.requests import Constraint, Outcome
 from edgemoe.serve.desk import Desk
-from edgemoe.serve.figures import FURTHER, ServerFigures
+from edgemoe.serve.figures import ServerFigures
 from edgemoe.serve.grammar import Grammars
 from edgemoe.serve.guide import Guide
 from edgemoe.serve.log import Asked, RequestLog, asked_now
@@ -41,8 +41,11 @@ logger = logging.getLogger(__name__)
 
 _LOOKED_AT = 4096  # characters at the end of a prompt that may be the beginning of the reply
 _NO_GRAMMAR = "cannot be kept to: this server was started with --no-grammar"
-_MOST_IGNORED, _LONGEST_NAME = 64, 80  # names of fields without effect, and characters of each
 _SURELY_LONG = 8  # characters per token; text has about four
+_MOST_IGNORED, _LONGEST_NAME = (
+    32,
+    80,
+)  # of fields without effect, as an answer and the log name them
 
 
 @dataclass(slots=True, kw_only=True)
@@ -195,14 +198,15 @@ class Service:
     def note(self, ignored: list[str]) -> None:
         """Counts fields of a request that have no effect, and logs those that are new; with --strict, refuses them.
 
-        Long names, and many, are cut in place: counters and logs keep them, and no budget has room for a body of names.
+        Args:
+            ignored: their names; shortened to what the answer and the log keep of them.
 
         Raises:
             Problem: there is one, and the server is strict.
         """
+        ignored[:] = dict.fromkeys(name[:_LONGEST_NAME] for name in ignored)
         if len(ignored) > _MOST_IGNORED:
-            ignored[_MOST_IGNORED:] = [FURTHER]
-        ignored[:] = (shortened(name, _LONGEST_NAME) for name in ignored)
+            ignored[_MOST_IGNORED:] = [f"{len(ignored) - _MOST_IGNORED} more fields"]
         if ignored and self.settings.is_strict:
             name = ignored[0].partition(": ")[0]
             raise wrong(name, "has no effect here, and --strict refuses what has none")
