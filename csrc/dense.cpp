@@ -65,12 +65,16 @@ void mix_sparsely(const Kernels& k, const float* row, int E, int top_k, const in
 }
 
 /// Chooses the best experts by one token's logits, which are replaced by the scores of all experts. Ties go to the
-/// expert with the lower number.
+/// expert with the lower number. Where a logit is not finite, all scores and gates are NaN: its expert might not be
+/// chosen, and nothing would show it.
 void choose_of(const RouteRule& rule, const Router& router, float* row, int32_t* chosen, float* gates) {
   const Kernels& k = kernels();
   const float* choice_bias = router.choice_bias;
   const int top_k = rule.top_k, E = rule.num_experts;
   if (router.bias) k.add_scaled(router.bias, 1.0f, E, row);
+  if (!std::all_of(row, row + E, [](float logit) { return std::isfinite(logit); })) {
+    std::fill_n(row, E, std::numeric_limits<float>::quiet_NaN());
+  }
   const auto score = [&] {
     if (rule.scoring == Scoring::kSigmoid) return k.sigmoid(row, E);
     k.softmax(row, E);

@@ -121,7 +121,7 @@ struct Router {
 /// Computes a router's logits for x [T, cols] and chooses experts by them.
 /// scores [T, num_experts] receives the scores of all experts (for kSoftmaxTopK and kSparseMixer a softmax over all,
 /// too), experts int32 [T, K] the chosen ones in descending order of the value that they are chosen by, and gates
-/// float32 [T, K] their gates.
+/// float32 [T, K] their gates. Where a logit of a token is not finite, all its scores and gates are NaN.
 void route(Workspace& ws, const float* x, const Router& router, int T, int cols, const RouteRule& rule, float* scores,
            int32_t* experts, float* gates);
 

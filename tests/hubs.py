@@ -27,6 +27,8 @@ class Hub:
         """For a path, returns a status and headers to refuse the request with, or None to serve it."""
         self.cut: dict[str, int] = {}
         """By file name, the bytes after which the connection is closed, each time."""
+        self.without_size: Callable[[str], bool] = lambda name: False
+        """Whether the list of files lacks the size of a file."""
         self.swap: dict[str, bytes] = {}
         """By file name, bytes to send in place of the file's first ones."""
         self.rate: float | None = None
@@ -110,6 +112,9 @@ class _Handler(BaseHTTPRequestHandler):
             "sha": self.hub.commit(repo),
             "siblings": [_sibling(folder, p) for p in files],
         }
+        for one in body["siblings"]:
+            if self.hub.without_size(one["rfilename"]):
+                del one["size"]
         return self.finish_with(
             200, {"Content-Type": "application/json"}, json.dumps(body).encode()
         )

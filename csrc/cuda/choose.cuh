@@ -86,9 +86,14 @@ __global__ void __launch_bounds__(32) choose(ChooseCall call) {
   const RouteRule& rule = call.rule;
   const int E = rule.num_experts, K = rule.top_k, lane = threadIdx.x;
   const size_t t = blockIdx.x;
+  float poison = 0;  // not 0 where a logit is not finite
   for (int e = lane; e < E; e += 32) {
     const float logit = call.logits[t * E + e];
     row[e] = call.bias ? fmaf(call.bias[e], 1.0f, logit) : logit;
+    poison = fmaf(row[e], 0.0f, poison);
+  }
+  if (any_poisoned(poison)) {
+    for (int e = lane; e < E; e += 32) row[e] = __int_as_float(0x7fffffff);
   }
   __syncwarp();
   const bool is_plain = !call.choice_bias && rule.groups == 1;  // logits have the same order as the scores

@@ -11,9 +11,30 @@ namespace cuda {
 __device__ __forceinline__ float max_of(float a, float b) { return a > b ? a : b; }
 __device__ __forceinline__ float min_of(float a, float b) { return a < b ? a : b; }
 
-/// e^x.
+/// The higher of a number and x, which may be NaN and then stays NaN; where there is an instruction for it, without the
+/// registers that a comparison takes.
+__device__ __forceinline__ float at_least(float least, float x) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(x) : "f"(least), "f"(x));
+  return x;
+#else
+  return max_of(least, x);
+#endif
+}
+
+/// The same for the lower.
+__device__ __forceinline__ float at_most(float most, float x) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(x) : "f"(most), "f"(x));
+  return x;
+#else
+  return min_of(most, x);
+#endif
+}
+
+/// e^x; NaN stays NaN.
 __device__ __forceinline__ float exact_exp(float x) {
-  x = min_of(max_of(x, -87.0f), 88.0f);
+  x = at_most(88.0f, at_least(-87.0f, x));
   const float n = rintf(x * 1.44269504088896341f);
   float r = fmaf(n, -0.693359375f, x);
   r = fmaf(n, 2.12194440e-4f, r);

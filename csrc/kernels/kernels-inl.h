@@ -385,10 +385,11 @@ void rms_norm(const float* x, const float* weight, float eps, int cols, float* o
   for (; c < cols; ++c) out[c] = x[c] * inverse * weight[c];
 }
 
-/// e^x by range reduction and a polynomial of degree 6 (Cephes' coefficients).
+/// e^x by range reduction and a polynomial of degree 6 (Cephes' coefficients). NaN stays NaN, so that no sigmoid or
+/// softmax makes a number of it: where their second operand is NaN, min and max return it.
 template <class V>
 inline typename V::F exp(typename V::F x) {
-  x = V::min(V::max(x, V::set(-87.0f)), V::set(88.0f));
+  x = V::min(V::set(88.0f), V::max(V::set(-87.0f), x));
   const auto n = V::round(V::mul(x, V::set(1.44269504088896341f)));
   auto r = V::fma(n, V::set(-0.693359375f), x);
   r = V::fma(n, V::set(2.12194440e-4f), r);
@@ -417,7 +418,7 @@ inline typename V::F activated(typename V::F gate, typename V::F up) {
     return V::mul(gated<V>(gate, z), up);
   }
   if constexpr (kKind == Activation::kClampedSwiglu) {
-    // Where their second operand is NaN, min and max return it: so NaN stays NaN.
+    // NaN stays NaN, as in `exp`.
     const auto g = V::min(V::set(7.0f), gate);
     const auto u = V::min(V::set(7.0f), V::max(V::set(-7.0f), up));
     return V::mul(gated<V>(g, V::mul(g, V::set(1.702f))), V::add(u, V::set(1.0f)));

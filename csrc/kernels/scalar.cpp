@@ -157,7 +157,8 @@ struct Scalar {
   }
   static F power_of_two(const F& n) {
     return map([&](int i) {
-      const uint32_t bits = uint32_t(int32_t(n.v[i]) + 127) << 23;
+      const float whole = n.v[i] == n.v[i] ? n.v[i] : 0.0f;  // no integer is NaN
+      const uint32_t bits = uint32_t(int32_t(whole) + 127) << 23;
       float f;
       std::memcpy(&f, &bits, 4);
       return f;

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Protocol
 
 from edgemoe.convert.checkpoint import Bytes
-from edgemoe.errors import FormatError
+from edgemoe.errors import FormatError, size_text
 from edgemoe.file.whole import whole_file, write_whole
 from edgemoe.hub.name import HubName
 from edgemoe.hub.remote import RemoteFile
@@ -84,17 +84,27 @@ def choose(repository: Source, name: HubName) -> Chosen:
     """Chooses a repository's safetensors; its GGUF files if it has none, or if the name asks for a quant.
 
     Raises:
-        FormatError: it has neither, or not the quant, or several models of the quant.
-        HubError: the hub does not give the index.
+        FormatError: it has neither, or not the quant, or several models of the quant; or a small file is large.
+        HubError: the hub does not give the index, or does not say how large a file is.
     """
     files = repository.files
-    small = tuple(files[n] for n in _SMALL if n in files and files[n].size <= _MOST_SMALL)
     if not name.quant:
         if _SINGLE in files:
-            return Chosen(name, small, (files[_SINGLE],))
+            return Chosen(name, _small(repository, _SMALL), (files[_SINGLE],))
         if _INDEX in files:
-            return Chosen(name, (*small, files[_INDEX]), _indexed(repository))
-    return _gguf(repository, name, tuple(f for f in small if f.name == "LICENSE"))
+            return Chosen(name, _small(repository, (*_SMALL, _INDEX)), _indexed(repository))
+    return _gguf(repository, name)
+
+
+def _small(repository: Source, names: Iterable[str]) -> tuple[RemoteFile, ...]:
+    small = tuple(repository.files[name] for name in names if name in repository.files)
+    for file in small:
+        if file.size > _MOST_SMALL:
+            raise FormatError(
+                f"{repository.repo}: {file.name}: expected at most {size_text(_MOST_SMALL)}, "
+                f"got {size_text(file.size)}"
+            )
+    return small
 
 
 def outline(repository: Source, chosen: Chosen, folder: Path) -> Path:
@@ -204,11 +214,11 @@ def _indexed(repository: Source) -> tuple[RemoteFile, ...]:
     return tuple(repository.files[name] for name in names)
 
 
-def _gguf(repository: Source, name: HubName, small: tuple[RemoteFile, ...]) -> Chosen:
-    quants: dict[str, list[RemoteFile]] = {}
-    for file in sorted(repository.files.values(), key=lambda f: f.name):
-        if file.name.endswith(".gguf") and not Path(file.name).name.startswith("mmproj"):
-            match = _QUANT.search("/" + file.name.removesuffix(".gguf"))
+def _gguf(repository: Source, name: HubName) -> Chosen:
+    quants: dict[str, list[str]] = {}
+    for file in sorted(repository.files):
+        if file.endswith(".gguf") and not Path(file).name.startswith("mmproj"):
+            match = _QUANT.search("/" + file.removesuffix(".gguf"))
             quants.setdefault(match[1].upper() if match else "", []).append(file)
     if not quants:
         raise FormatError(
@@ -223,11 +233,11 @@ def _gguf(repository: Source, name: HubName, small: tuple[RemoteFile, ...]) -> C
         raise FormatError(
             f"{repository.repo}: has no GGUF files of {name.quant}; there are {', '.join(filter(None, quants))}"
         )
-    files = quants[wanted]
-    if sum(not _is_later_part(f.name) for f in files) > 1:
-        listed = ", ".join(f.name for f in files if not _is_later_part(f.name))
-        raise FormatError(f"{repository.repo}: has several models of {wanted}: {listed}")
-    return Chosen(name, small, tuple(files), note)
+    first = [file for file in quants[wanted] if not _is_later_part(file)]
+    if len(first) > 1:
+        raise FormatError(f"{repository.repo}: has several models of {wanted}: {', '.join(first)}")
+    files = tuple(repository.files[file] for file in quants[wanted])
+    return Chosen(name, _small(repository, ("LICENSE",)), files, note)
 
 
 def _is_later_part(name: str) -> bool:

@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -79,14 +79,18 @@ class Repository:
             except (AttributeError, KeyError, TypeError, json.JSONDecodeError):
                 raise HubError(f"{repo}: {_endpoint()} does not answer as a hub does") from None
         self.commit = str(info.sha)
-        self.files: Mapping[str, RemoteFile] = {
-            s.rfilename: self._file(s) for s in info.siblings or []
-        }
+        self.files: Mapping[str, RemoteFile] = _Files(info.siblings or [], self._size)
 
-    def _file(self, of: RepoSibling) -> RemoteFile:
-        if of.size is None:
-            raise HubError(f"{self.repo}: {_endpoint()} does not say how large {of.rfilename} is")
-        return RemoteFile(of.rfilename, of.size, of.lfs.sha256 if of.lfs else None, of.blob_id)
+    def _size(self, name: str) -> int:
+        """Asks the hub for the size of a file. Raises HubError if it does not say."""
+        from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+        with self._said(f"{name}: "):
+            url = hf_hub_url(self.repo, name, revision=self.commit)
+            size = get_hf_file_metadata(url, timeout=30).size
+        if size is None:
+            raise HubError(f"{self.repo}: {_endpoint()} does not say how large {name} is")
+        return size
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
         """Returns the bytes of a file from `start` to before `stop`.
@@ -234,6 +238,32 @@ class Repository:
                     f"{where}{_endpoint()} cannot be reached: {_without_number(_first_line(error))}"
                 ) from None
             raise HubError(f"{where}{_meaning(response, error)}") from None
+
+
+class _Files(Mapping[str, RemoteFile]):
+    """The files of a listing. The hub is asked for a size that the listing lacks when the file is needed."""
+
+    def __init__(self, listed: Iterable[RepoSibling], size: Callable[[str], int]) -> None:
+        self._listed = {one.rfilename: one for one in listed}
+        self._size = size
+        self._files: dict[str, RemoteFile] = {}
+
+    def __getitem__(self, name: str) -> RemoteFile:
+        if name not in self._files:
+            of = self._listed[name]
+            size = self._size(name) if of.size is None else of.size
+            sha256 = of.lfs.sha256 if of.lfs else None
+            self._files[name] = RemoteFile(name, size, sha256, of.blob_id)
+        return self._files[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._listed
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._listed)
+
+    def __len__(self) -> int:
+        return len(self._listed)
 
 
 def is_sound(path: Path, file: RemoteFile) -> bool:

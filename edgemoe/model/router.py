@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from edgemoe.config import ModelConfig
-from edgemoe.errors import FormatError
+from edgemoe.errors import FormatError, RangeError
 from edgemoe.experts import Experts
 from edgemoe.model.batch import Batch
 from edgemoe.model.scratch import Rows
@@ -103,6 +104,9 @@ class Routers:
             index: the layer's position among the layers with experts.
             x: [T, D], the residual, from which the choices of the next layers are predicted.
             normed: [T, D], the input of the router.
+
+        Raises:
+            RangeError: a router's logit is not a finite number, as with damaged weights.
         """
         ops = self._ops
         scores, experts, gates = self._chosen.first(len(normed))
@@ -111,6 +115,12 @@ class Routers:
             normed, routers[index], self._rule,
             scores=scores, experts=experts, gates=gates,
         )  # fmt: skip
+        if not math.isfinite(gates.sum()):
+            layer = self._config.moe_layers[index]
+            raise RangeError(
+                f"layer {layer}: a logit of the router is not a finite number: "
+                "the model's weights are damaged, or its numbers left the range of float32"
+            )
         routing = Routing(index, experts, gates, None, None, scores, None, len(batch.slices))
         if self._bit_routers is not None:
             logits = routing.bit_logits = self._bit_logits[: len(normed)]

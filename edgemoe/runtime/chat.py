@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any, Literal, Protocol
 
 from edgemoe.arguments import kind, path_of
-from edgemoe.errors import FormatError
+from edgemoe.errors import FormatError, quoted
 from edgemoe.file.parse import parse_json
 from edgemoe.file.whole import write_whole
 from edgemoe.runtime.requests import Constraint
@@ -355,8 +355,15 @@ def saved_messages(path: str | os.PathLike[str]) -> list[Message]:
         messages = parse_json(source.read_bytes(), "chat", most=_LARGEST_CHAT)["messages"]
         if not all(m["role"] in _ROLES and isinstance(m["content"], str) for m in messages):
             raise ValueError
-        return [{k: v for k, v in m.items() if k in _KEPT and isinstance(v, str)} for m in messages]
     except (ValueError, TypeError, KeyError):
         raise FormatError(
             f'{path}: not a saved chat; expected {{"messages": [{{"role", "content"}}, ...]}}'
         ) from None
+    for i, message in enumerate(messages):
+        for name, value in message.items():
+            if value is not None and (name not in _KEPT or not isinstance(value, str)):
+                raise FormatError(  # the conversation would lose it
+                    f"{path}: not a saved chat: messages[{i}] has {quoted(name)}; "
+                    f"expected text in {', '.join(_KEPT)} alone"
+                )
+    return [{name: text for name, text in m.items() if text is not None} for m in messages]

@@ -117,7 +117,8 @@ class Model:
             Cancelled: the batch was cancelled; the sequences are as they were, and everything stays usable.
             ReadError: the disk failed; likewise.
             FormatError: a checksum does not match; likewise.
-            RangeError: a key or value does not fit the type of the KV cache; likewise.
+            RangeError: a key or value does not fit the type of the KV cache, or a logit of a router is not a finite
+                number; likewise.
             DeviceError: the device failed; likewise.
             DeviceLost: the device failed for good; the model must be opened again, by another process.
         """

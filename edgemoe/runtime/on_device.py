@@ -135,7 +135,7 @@ class OnDevice:
             ReadError: a read failed.
             FormatError: an expert's checksum does not match.
         """
-        host, config = store.cache, self.moe.config
+        host, config = store.host, self.moe.config
         if self.vram.is_shared or self.vram.room < host.slot_bytes(len(store.level_bits)):
             return store
         room, window = self.vram.room, host.slot_bytes(len(store.level_bits))
@@ -149,7 +149,7 @@ class OnDevice:
         tiers = Tiers(host, there, len(config.moe_layers), stream, rates)
         tiers.fill(store.levels(bits.reshape(-1)))
         return ExpertStore(
-            cast(_core.Cache, tiers), num_experts=config.num_experts, level_bits=store.level_bits,
+            tiers, num_experts=config.num_experts, level_bits=store.level_bits,
             rungs=self.moe.experts.rungs,
         )  # fmt: skip
 

@@ -11,6 +11,7 @@ from edgemoe.errors import OutOfBudget, size_text
 from edgemoe.model import Batch, SequenceState
 from edgemoe.runtime.budget import Budget
 from edgemoe.runtime.context import KV_STEP
+from edgemoe.store.tiers import Tiers
 
 __all__ = ["Room"]
 
@@ -35,7 +36,7 @@ class Room:
     """
 
     def __init__(
-        self, budget: Budget, slots: _core.Cache, *, is_measured: bool, is_steady: bool
+        self, budget: Budget, slots: _core.Cache | Tiers, *, is_measured: bool, is_steady: bool
     ) -> None:
         """Args:
         budget: how the memory was divided.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 from starlette.requests import Request
@@ -162,6 +162,9 @@ class Detokenize(msgspec.Struct):
 class Template(msgspec.Struct):
     """The body of /apply-template."""
 
+    tool_form: ClassVar = fields.CHAT_TOOLS
+    message_fields: ClassVar = fields.CHAT_MESSAGES
+
     messages: list[dict[str, Any]]
     tools: list[fields.Tool] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -194,4 +197,4 @@ def apply_template(service: Service, body: bytes) -> dict[str, Any]:
     said, ignored = fields.read(body, Template)
     talk = Conversation(said.messages, fields.functions(said.tools, ignored))
     service.note(ignored)
-    return {"prompt": rendered(service, talk, said.chat_template_kwargs or {})}
+    return {"prompt": rendered(service, talk, said.chat_template_kwargs or {}, [])}

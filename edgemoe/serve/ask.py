@@ -50,6 +50,8 @@ class Wanted:
     """The fields that ask for calls that follow their tool's schema; without effect where no grammar sees to it."""
     ignored: list[str] = field(default_factory=list)
     """The fields of the request that have no effect."""
+    notes: list[str] = field(default_factory=list)
+    """See `Ask`."""
 
     @property
     def must_call(self) -> bool:
@@ -92,3 +94,5 @@ class Ask:
     """See `Wanted`."""
     ignored: list[str] = field(default_factory=list)
     """The fields of the request that have no effect."""
+    notes: list[str] = field(default_factory=list)
+    """What was done otherwise than the request may expect, one line each."""

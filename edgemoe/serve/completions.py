@@ -58,7 +58,7 @@ class _Completion(Answer):
         notes = self.service.model.notes
         return {
             "timings": timings(ended.figures),
-            "edgemoe": usage_extras(ended.figures, self.asks[0].ignored, notes),
+            "edgemoe": usage_extras(ended.figures, self.asks[0], notes),
         }
 
     async def whole(self) -> dict[str, Any]:

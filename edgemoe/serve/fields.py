@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from typing import Any, TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar, TypeVar
 
 import msgspec
 
 from edgemoe.serve.problems import Problem, wrong
 
 __all__ = [
-    "ChatRequest", "CompletionRequest", "CountRequest", "MessagesRequest", "ResponsesRequest", "Tool",
-    "forget", "functions", "read", "reasoning_budget",
+    "CHAT_MESSAGES", "CHAT_TOOLS", "ChatRequest", "CompletionRequest", "CountRequest", "MessagesRequest",
+    "ResponsesRequest", "Tool", "forget", "functions", "read", "reasoning_budget",
 ]  # fmt: skip
 
 _MOST_MESSAGES, _MOST_TOOLS, MOST_STOPS, _MOST_CHOICES, MOST_TOP = 4096, 256, 16, 8, 20
@@ -64,6 +64,16 @@ class Tool(msgspec.Struct):
     function: Function | None = None
 
 
+CHAT_TOOLS = ("function", Tool.__struct_fields__)
+"""A dialect's form of tools: the type of those that a client runs, and their fields."""
+
+CHAT_MESSAGES = (
+    "role", "content", "name", "tool_call_id", "reasoning_content", "tool_calls", "type", "text", "refusal",
+    "id", "index", "function",
+)  # fmt: skip
+"""The fields of a dialect's messages, of the parts of these and of calls, that are read or ask for nothing."""
+
+
 def functions(tools: list[Tool] | None, ignored: list[str]) -> list[dict[str, Any]]:
     """Returns the functions of tools as chat templates see them; names tools of other kinds in `ignored`."""
     found = []
@@ -112,6 +122,9 @@ class _Completion(_Base, kw_only=True):
 class ChatRequest(_Completion, kw_only=True):
     """The body of /v1/chat/completions."""
 
+    tool_form: ClassVar = CHAT_TOOLS
+    message_fields: ClassVar = CHAT_MESSAGES
+
     messages: list[dict[str, Any]]
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
@@ -135,6 +148,12 @@ class CompletionRequest(_Completion, kw_only=True):
 
 
 class _MessagesBase(msgspec.Struct, kw_only=True):
+    tool_form: ClassVar = ("custom", ("type", "name", "description", "input_schema", "strict"))
+    message_fields: ClassVar = (
+        "role", "content", "type", "text", "thinking", "signature", "data", "id", "name", "input",
+        "tool_use_id",
+    )  # fmt: skip
+
     messages: list[dict[str, Any]]
     model: str | None = None
     system: str | list[dict[str, Any]] | None = None
@@ -160,6 +179,12 @@ class MessagesRequest(_MessagesBase, kw_only=True):
 
 class ResponsesRequest(msgspec.Struct, kw_only=True):
     """The body of /v1/responses."""
+
+    tool_form: ClassVar = ("function", ("type", *Function.__struct_fields__))
+    message_fields: ClassVar = (
+        "role", "content", "type", "text", "refusal", "id", "status", "name", "call_id", "arguments", "input",
+        "output", "annotations", "logprobs",
+    )  # fmt: skip
 
     input: str | list[dict[str, Any]]
     model: str | None = None
@@ -250,6 +275,11 @@ def read(body: bytes, kind: type[_T]) -> tuple[_T, list[str]]:
             raise wrong(name, _REFUSED.get(name, "this model reads and writes text alone"))
         ignored.append(name)
     ignored += _nested({name: value for name, value in raw.items() if name in known})
+    if "tools" in known:
+        ignored += _in_tools(raw.get("tools"), *kind.tool_form)  # type: ignore[attr-defined]
+    fields = getattr(kind, "message_fields", ())
+    for name in ("messages", "system", "input") if fields else ():
+        ignored += _in_messages(name, raw.get(name), fields)
     _check_numbers(found)
     return found, ignored
 
@@ -271,12 +301,47 @@ def _nested(raw: Mapping[str, Any]) -> list[str]:
     return found
 
 
+def _in_tools(tools: object, kind: str, known: Sequence[str]) -> Iterator[str]:
+    """Yields the fields without effect inside tools, each where it comes first.
+
+    Args:
+        tools: the tools of a request. Those of another type are reported whole.
+        kind: the type of the others.
+        known: the fields of these.
+    """
+    seen = {"cache_control"}
+    for i, tool in enumerate(tools if isinstance(tools, list) else ()):
+        if tool.get("type", kind) != kind:
+            continue
+        inner = tool.get("function") if "function" in known else None
+        for where, part, fields in (
+            (f"tools[{i}].", tool, known),
+            (f"tools[{i}].function.", inner or {}, Function.__struct_fields__),
+        ):
+            for name in part:
+                field = where.partition(".")[2] + name
+                if part[name] and name not in fields and field not in seen:
+                    seen.add(field)
+                    yield where + name
+
+
+def _in_messages(name: str, items: object, known: Sequence[str]) -> Iterator[str]:
+    """Yields the fields without effect inside the messages of the field `name`, each once."""
+    seen = {"cache_control", *known}
+    for part in _parts(items):
+        for field, value in part.items():
+            if value and field not in seen:
+                seen.add(field)
+                yield f"{name}.{field}"
+
+
 def _parts(items: object) -> Iterator[Mapping[str, Any]]:
-    """Yields the objects of a list, and those of their contents."""
+    """Yields the objects of a list, and those of their contents and calls."""
     for item in items if isinstance(items, list) else ():
         if isinstance(item, dict):
             yield item
             yield from _parts(item.get("content"))
+            yield from _parts(item.get("tool_calls"))
 
 
 def _located(text: str) -> Problem:

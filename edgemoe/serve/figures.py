@@ -15,6 +15,7 @@ from edgemoe.runtime.requests import Outcome
 
 __all__ = ["ServerFigures"]
 
+_MOST_NAMES, _OTHERS = 1000, "further fields"  # with a counter each; that of all others
 _SECONDS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 
 
@@ -56,10 +57,18 @@ class ServerFigures:
             self._requests[route, status] += 1
 
     def ignored(self, names: Sequence[str]) -> list[str]:
-        """Counts fields that have no effect; returns those that are seen for the first time."""
+        """Counts fields that have no effect; returns those that are seen for the first time.
+
+        There are counters for a thousand names; all others share one more.
+        """
+        new = []
         with self._lock:
-            new = [n for n in names if n not in self._ignored and len(self._ignored) < 1000]
-            self._ignored.update(n for n in names if n in self._ignored or n in new)
+            for name in names:
+                if name not in self._ignored and len(self._ignored) >= _MOST_NAMES:
+                    name = _OTHERS
+                if name not in self._ignored:
+                    new.append(name)
+                self._ignored[name] += 1
         return new
 
     def reply(self, outcome: Outcome) -> None:

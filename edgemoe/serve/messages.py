@@ -88,7 +88,7 @@ def _talk(request: Any, wanted: Wanted) -> Conversation:
             )
     messages = [{"role": "system", "content": text} for text in _system(request.system)]
     for i, message in enumerate(request.messages):
-        messages += _messages(message, f"messages[{i}]")
+        messages += _messages(message, f"messages[{i}]", wanted.ignored)
     return Conversation(messages, tools)
 
 
@@ -103,8 +103,11 @@ def _system(system: str | list[dict[str, Any]] | None) -> list[str]:
     return texts
 
 
-def _messages(message: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
-    """Returns one of Anthropic's messages in OpenAI's format, where each result of a tool is a message of its own."""
+def _messages(message: Mapping[str, Any], where: str, ignored: list[str]) -> list[dict[str, Any]]:
+    """Returns one of Anthropic's messages in OpenAI's format, where each result of a tool is a message of its own.
+
+    Names parts without effect in `ignored`.
+    """
     role, content = message.get("role"), message.get("content")
     if role not in ("user", "assistant", "system"):
         raise wrong(f"{where}.role", f"expected user or assistant, got {role!r}")
@@ -124,7 +127,8 @@ def _messages(message: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
         elif kind == "thinking":
             thoughts.append(str(part.get("thinking") or ""))
         elif kind == "redacted_thinking":
-            pass
+            if kind not in ignored:
+                ignored.append(kind)
         elif kind == "tool_use":
             function = {"name": part.get("name"), "arguments": part.get("input") or {}}
             calls.append({"id": part.get("id"), "type": "function", "function": function})
@@ -242,7 +246,7 @@ class MessagesAnswer(Answer):
         }  # fmt: skip
         yield {
             "type": "message_delta", "delta": {"stop_reason": reason, "stop_sequence": part.stop},
-            "usage": usage, "edgemoe": usage_extras(figures, ask.ignored, self.service.model.notes),
+            "usage": usage, "edgemoe": usage_extras(figures, ask, self.service.model.notes),
         }  # fmt: skip
         yield {"type": "message_stop"}
 

@@ -20,6 +20,9 @@ _SAMPLING = (
     "presence_penalty", "frequency_penalty", "seed", "ignore_eos",
 )  # fmt: skip
 
+_STREAMED = ("stream_options", "return_progress", "timings_per_token")
+"""Fields that only change a stream."""
+
 _STRUCTURED: Mapping[str, tuple[type, ...]] = {
     "json": (dict, str), "regex": (str,), "choice": (list,), "grammar": (str,),
 }  # fmt: skip
@@ -41,6 +44,8 @@ def _wanted(service: Service, request: Any, ignored: list[str]) -> Wanted:
             raise wrong("logit_bias", "expected numbers of tokens") from None
     if sampling["seed"] is not None and sampling["seed"] < 0:
         sampling["seed"] = -1
+    if not request.stream:
+        ignored += [name for name in _STREAMED if getattr(request, name)]
     keep_alive = None
     if request.keep_alive is not None:
         try:

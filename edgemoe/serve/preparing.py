@@ -10,7 +10,7 @@ from typing import Any
 from edgemoe.runtime.requests import Constraint
 from edgemoe.serve.ask import Ask, Wanted
 from edgemoe.serve.guide import Guide
-from edgemoe.serve.problems import too_long, wrong
+from edgemoe.serve.problems import Problem, too_long, wrong
 from edgemoe.serve.prompts import Conversation, render
 from edgemoe.serve.reply_grammar import reply_grammar
 from edgemoe.serve.service import Service
@@ -47,14 +47,14 @@ def converse(service: Service, talk: Conversation, wanted: Wanted) -> Ask:
         variables.setdefault("enable_thinking", thinks)
     if wanted.effort and wanted.effort != "none":
         variables.setdefault("reasoning_effort", wanted.effort)
-    text = rendered(service, talk, variables)
+    text = rendered(service, talk, variables, wanted.notes)
     ids = encoded(service, text, "messages", add_special=not service.tokenizer.has_chat_template)
     is_reasoning = service.reading.is_opened(text)
     ask = Ask(
         ids=ids, params=params, choices=wanted.choices, top=wanted.top, ignored=wanted.ignored,
         schemas={t["name"]: t.get("parameters") or {} for t in tools} if tools else None,
         prompt=text[-_LOOKED_AT:], must_call=wanted.must_call, several_calls=wanted.several_calls, slot=wanted.slot,
-        reuses=wanted.reuses, keep_alive=wanted.keep_alive, adapter=wanted.adapter,
+        reuses=wanted.reuses, keep_alive=wanted.keep_alive, adapter=wanted.adapter, notes=wanted.notes,
     )  # fmt: skip
     most = (
         service.settings.reasoning_budget
@@ -112,8 +112,10 @@ def sampled(service: Service, said: Mapping[str, Any]) -> SamplingParams:
         raise wrong(name, rest) from None
 
 
-def rendered(service: Service, talk: Conversation, variables: Mapping[str, Any]) -> str:
-    """Returns the prompt of a conversation, as text.
+def rendered(
+    service: Service, talk: Conversation, variables: Mapping[str, Any], notes: list[str]
+) -> str:
+    """Returns the prompt of a conversation, as text; `notes` gets a line if messages are reworded.
 
     Raises:
         Problem: the template refuses it, or it takes too much memory.
@@ -123,7 +125,7 @@ def rendered(service: Service, talk: Conversation, variables: Mapping[str, Any])
     few = Tokenizer.most_bytes(beginning(said, service.context))  # tokenizing comes next
     service.desk.need(max(Meter.most_bytes(given), few))
     return render(
-        service.tokenizer, talk, service.form, variables=variables,
+        service.tokenizer, talk, service.form, variables=variables, notes=notes,
         most_characters=most_characters(given, service.context),
     )  # fmt: skip
 
@@ -169,6 +171,7 @@ def _constraint(
     """
     form, grammars, several = service.form, service.grammars, wanted.several_calls
     lazy: dict[int, str] = {}
+    why = ""
     grammar = _grammar(service, wanted.form)
     must = wanted.must_call
     if wanted.form is not None and tools:
@@ -178,11 +181,17 @@ def _constraint(
     # If only the model's own response template knows its calls, and none has to come, they are not constrained.
     knows = service.speaks_of_tools or service.reading.template is None or must
     if grammars is not None and (tools or form.is_channelled) and knows:
-        grammar, lazy = reply_grammar(
-            grammars, form, tools, grammar, must=must, several=several, most_reasoning=most
-        )
+        try:
+            grammar, lazy = reply_grammar(
+                grammars, form, tools, grammar, must=must, several=several, most_reasoning=most
+            )
+        except Problem as problem:
+            if must or not tools:
+                raise
+            why = f": {problem.message}"
     if tools and grammar is None and not lazy:
         wanted.ignored += wanted.strict
+        wanted.notes.append(f"calls are not kept to the schemas of their tools{why}")
     marks: tuple[int | None, int | None] = (None, None)
     if form.reasoning is not None and not form.is_channelled and service.can_reason:
         first, last = (service.tokenizer.token_id(w) for w in form.reasoning)

@@ -6,7 +6,6 @@ It must be deterministic: a prompt that differs shares no prefix with what was c
 from __future__ import annotations
 
 import json
-import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -17,8 +16,6 @@ from edgemoe.text.tokenizer import Tokenizer
 
 __all__ = ["Conversation", "render"]
 
-logger = logging.getLogger(__name__)
-
 Message = dict[str, Any]
 
 _ROLES = ("system", "user", "assistant", "tool")
@@ -26,6 +23,12 @@ _NAME = re.compile(r"[\w.:/-]{1,128}")
 _BILLING = "x-anthropic-billing-header:"
 _TAKEN = {"messages", "tools", "most_characters", "self"}
 """Variables of templates that a client must not set."""
+_REFUSED = {
+    "function_call": "not supported; say tool_calls",
+    "audio": "this model reads text alone",
+    "images": "this model reads text alone",
+}
+"""Fields of messages that are refused, and why: to ignore one would leave out a part of the conversation."""
 _TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
 
 
@@ -75,6 +78,9 @@ def _message(message: Mapping[str, Any], where: str) -> Message:
     role = {"developer": "system", "function": "tool"}.get(str(role), role)
     if role not in _ROLES:
         raise wrong(f"{where}.role", f"expected one of {', '.join(_ROLES)}, got {role!r}")
+    for name, why in _REFUSED.items():
+        if message.get(name):
+            raise wrong(f"{where}.{name}", why)
     out: Message = {"role": role, "content": _content(message.get("content"), f"{where}.content")}
     for name in ("name", "tool_call_id", "reasoning_content"):
         value = message.get(name)
@@ -134,6 +140,7 @@ def render(
     *,
     most_characters: int,
     variables: Mapping[str, Any],
+    notes: list[str],
 ) -> str:
     """Returns the prompt of a conversation.
 
@@ -147,6 +154,7 @@ def render(
         form: how the model writes reasoning and calls.
         most_characters: the longest prompt.
         variables: further variables of the template.
+        notes: gets a line if the messages are reworded.
 
     Raises:
         Problem: the template refuses all wordings, or the prompt becomes too long.
@@ -171,7 +179,7 @@ def render(
             refusal = refusal or str(error)
             continue
         if how:
-            logger.debug("messages were reworded for the template: %s", how)
+            notes.append(f"messages were reworded for the model's template: {how}")
         return text
     raise Problem(400, f"messages: {refusal}", param="messages")
 

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from edgemoe.serve.grammar import Grammars, spaced
-from edgemoe.serve.problems import Problem
 from edgemoe.text.calls import markers
 from edgemoe.text.replies import ReplyFormat
 
 __all__ = ["channels", "reply_grammar"]
-
-logger = logging.getLogger(__name__)
 
 _MOST_CALLS = 16  # in a reply that must call a tool: a weak model may never end by itself
 _MOST_BEFORE = 8  # messages before the answer, for models that write in channels; likewise
@@ -28,8 +24,6 @@ def reply_grammar(
     must: bool, several: bool, most_reasoning: int,
 ) -> tuple[str | None, dict[int, str]]:  # fmt: skip
     """Returns the grammars that constrain a reply.
-
-    If a tool's schema cannot be enforced and no tool has to be called, the arguments of calls are not constrained.
 
     Args:
         grammars: checks what is made.
@@ -46,22 +40,16 @@ def reply_grammar(
     Raises:
         Problem: what the reply must be cannot be enforced.
     """
-    try:
-        if form.is_channelled:
-            if not tools and answer is None and most_reasoning < 0:
-                return None, {}
-            return channels(grammars, tools, answer, must=must, most_reasoning=most_reasoning), {}
-        if must:
-            return _calls(grammars, form, tools, several=several), {}
-        token = grammars.tokenizer.token_id(form.opener)
-        if token is None:
-            return _free_calls(grammars, form, tools), {}
-        return None, {token: _calls(grammars, form, tools, several=False, after=form.opener)}
-    except Problem as problem:
-        if must or not tools:
-            raise
-        logger.debug("calls are not kept to their schemas: %s", problem)
-        return answer, {}
+    if form.is_channelled:
+        if not tools and answer is None and most_reasoning < 0:
+            return None, {}
+        return channels(grammars, tools, answer, must=must, most_reasoning=most_reasoning), {}
+    if must:
+        return _calls(grammars, form, tools, several=several), {}
+    token = grammars.tokenizer.token_id(form.opener)
+    if token is None:
+        return _free_calls(grammars, form, tools), {}
+    return None, {token: _calls(grammars, form, tools, several=False, after=form.opener)}
 
 
 def _calls(

@@ -190,7 +190,7 @@ class ResponsesAnswer(Answer):
             "input_tokens_details": {"cached_tokens": figures.cached_tokens},
             "output_tokens_details": {"reasoning_tokens": part.reasoning_tokens},
         }  # fmt: skip
-        done["edgemoe"] = usage_extras(figures, self.asks[0].ignored, self.service.model.notes)
+        done["edgemoe"] = usage_extras(figures, self.asks[0], self.service.model.notes)
         yield {"type": f"response.{done['status']}", "response": done}
 
 

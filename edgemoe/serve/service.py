@@ -7,7 +7,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import edgemoe
 from edgemoe.errors import FormatError
@@ -33,6 +33,9 @@ from edgemoe.text.sampler import SamplingParams
 __all__ = ["Service"]
 
 logger = logging.getLogger(__name__)
+
+# Of fields without effect, as an answer and the log name them:
+_MOST_IGNORED, _LONGEST_NAME = 32, 80
 
 
 class Service:
@@ -136,17 +139,23 @@ class Service:
             said = str(error).removeprefix("adapter: ")
             raise Problem(404, f"{param}: {said}", param=param, code="model_not_found") from None
 
-    def note(self, ignored: Sequence[str]) -> None:
+    def note(self, ignored: list[str]) -> None:
         """Counts fields of a request that have no effect, and logs those that are new; with --strict, refuses them.
+
+        Args:
+            ignored: their names; shortened to what the answer and the log keep of them.
 
         Raises:
             Problem: there is one, and the server is strict.
         """
+        ignored[:] = dict.fromkeys(name[:_LONGEST_NAME] for name in ignored)
+        if len(ignored) > _MOST_IGNORED:
+            ignored[_MOST_IGNORED:] = [f"{len(ignored) - _MOST_IGNORED} more fields"]
         if ignored and self.settings.is_strict:
             name = ignored[0].partition(": ")[0]
             raise wrong(name, "has no effect here, and --strict refuses what has none")
         for name in self.figures.ignored(ignored):
-            logger.warning("a client sends %s, which has no effect here", name[:80])
+            logger.warning("a client sends %s, which has no effect here", name)
 
     def shown(self, adapter: int) -> str:
         """Returns the name of the model with an adapter, as replies show it."""

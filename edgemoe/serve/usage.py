@@ -5,23 +5,30 @@ from __future__ import annotations
 from typing import Any
 
 from edgemoe.runtime.requests import Figures
+from edgemoe.serve.ask import Ask
 
 __all__ = ["timing_fields", "timings", "usage_extras"]
 
 
-def usage_extras(figures: Figures, ignored: list[str], notes: tuple[str, ...]) -> dict[str, Any]:
-    """Returns the field "edgemoe" of a reply: what the engine did for it."""
+def usage_extras(figures: Figures, ask: Ask, notes: tuple[str, ...]) -> dict[str, Any]:
+    """Returns the field "edgemoe" of a reply: what the engine did for it.
+
+    Args:
+        figures: the reply's.
+        ask: what was asked.
+        notes: the model's.
+    """
     uses = figures.hits + figures.misses
     out: dict[str, Any] = {
         "hit_rate": figures.hits / uses if uses else 1.0, "bytes_read": figures.bytes_read,
         "average_bits": round(figures.average_bits, 3), "skipped": figures.skipped_share,
         "substituted": figures.substituted_share, "beside": figures.beside,
-        "logits_hash": figures.logits_hash, "ignored": ignored,
+        "logits_hash": figures.logits_hash, "ignored": ask.ignored,
     }  # fmt: skip
     if figures.changed:
         out["changed"] = figures.changed
-    if notes:
-        out["notes"] = list(notes)
+    if notes or ask.notes:
+        out["notes"] = [*notes, *ask.notes]
     return out
 
 

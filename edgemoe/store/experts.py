@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,7 @@ from edgemoe.file.format import MoeFile
 from edgemoe.plan import Plan, Priorities
 from edgemoe.store.records import NUM_READERS
 from edgemoe.store.request import Request
+from edgemoe.store.tiers import Tiers
 
 __all__ = ["ExpertStore"]
 
@@ -30,7 +31,7 @@ class ExpertStore:
 
     def __init__(
         self,
-        cache: _core.Cache,
+        cache: _core.Cache | Tiers,
         *,
         num_experts: int,
         level_bits: Sequence[int],
@@ -46,14 +47,16 @@ class ExpertStore:
             is_lent: whether a device runs all experts straight from the host's memory.
         """
         self.cache = cache
+        self.host = cache.host if isinstance(cache, Tiers) else cache
+        """The part of the cache that is in the host's memory."""
         self._is_lent = is_lent
         self._num_experts = num_experts
         self._rungs = rungs
         self.level_bits = tuple(level_bits)
         """The bits of each level, ascending."""
         self._level_bytes = np.array([cache.slot_bytes(i) for i in range(len(level_bits) + 1)])
-        self._levels = np.zeros(9, np.int8)  # of each number of bits, the level
-        self._levels[list(level_bits)] = np.arange(1, len(level_bits) + 1)
+        self._levels = np.full(256, -1, np.int8)  # of each number of bits, the level; -1 for none
+        self._levels[[0, *level_bits]] = np.arange(len(level_bits) + 1)
         # Experts of the open request, after which `ready_groups` stops. -1 if the plan has a list of experts to read
         # ahead: then the cache is asked once more after the last group, as it may start such reads.
         self._count = -1
@@ -201,8 +204,16 @@ class ExpertStore:
         return self.cache.lacks.reshape(-1, self._num_experts)
 
     def levels(self, bits: NDArray[np.int8]) -> NDArray[np.int8]:
-        """Returns the level for each number of bits, in an array of the same shape."""
+        """Returns the level for each number of bits, in an array of the same shape; 0 for 0 bits, which is no expert.
+
+        Raises:
+            ValueError: no level has so many bits.
+        """
         levels: NDArray[np.int8] = self._levels[bits]
+        if (levels < 0).any():
+            unknown = int(np.asarray(bits)[levels < 0][0])
+            expected = ", ".join(map(str, (0, *self.level_bits)))
+            raise ValueError(f"bits: expected one of {expected}, got {unknown}")
         return levels
 
     def watch(self) -> NDArray[np.uint8] | None:
@@ -212,23 +223,21 @@ class ExpertStore:
         """
         if self._is_lent:
             return np.ones(self._residency.shape, np.uint8)
-        watch = getattr(self.cache, "watch", None)  # only `Tiers` has it
-        return (
-            None
-            if watch is None
-            else cast("NDArray[np.uint8]", watch()).reshape(self._residency.shape)
-        )
+        if not isinstance(self.cache, Tiers):
+            return None
+        return self.cache.watch().reshape(self._residency.shape)
 
     def sizes(self, experts: NDArray[np.int32], bits: NDArray[np.int8]) -> NDArray[np.int64]:
         """Returns the bytes of memory that experts take at bits, [n] each; experts as layer * num_experts + expert."""
-        return self._level_bytes[np.minimum(self._levels[bits], self._rungs[experts])]
+        return self._level_bytes[np.minimum(self.levels(bits), self._rungs[experts])]
 
     def request(self, plan: Plan) -> Request:
         """Opens the request of a plan: lowers what it drops, and starts the reads that it needs."""
         if plan.drop is not None and plan.drop_bits is not None:
             self.cache.close()  # Ctrl-C may have left a request open
-            for expert, bits in zip(plan.drop.tolist(), plan.drop_bits.tolist(), strict=True):
-                self.cache.shrink(expert, self._levels[bits])
+            levels = self.levels(plan.drop_bits)
+            for expert, level in zip(plan.drop.tolist(), levels.tolist(), strict=True):
+                self.cache.shrink(expert, level)
         ahead = plan.ahead
         self._count = len(plan.experts) if ahead is None else -1
         experts, levels = self.cache.ask(
@@ -270,12 +279,12 @@ class ExpertStore:
             levels: [layers * E], the levels at which experts run.
         """
         used = experts + self._first[layers][:, None]
-        cast(Any, self.cache).count(used, levels[used])
+        self.cache.count(used, levels[used])
 
     def lower(self, bits: NDArray[np.int8]) -> None:
         """Drops what experts have in memory beyond `bits` [layers * E], except for experts that are being read."""
         self.cache.close()
-        levels = np.minimum(self._levels[bits], self._rungs)
+        levels = np.minimum(self.levels(bits), self._rungs)
         for expert in np.flatnonzero(self._residency.reshape(-1) > levels).tolist():
             self.cache.shrink(expert, int(levels[expert]))
 
@@ -290,7 +299,7 @@ class ExpertStore:
             ReadError: a read failed. The store stays usable, as it does after Ctrl-C.
             FormatError: an expert's checksum does not match; likewise.
         """
-        levels = self._levels[bits]
+        levels = self.levels(bits)
         unused = np.zeros(_REQUEST + 1, np.int32)
         self._count = -1
         self.cache.close()

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe import _core
+from edgemoe.store.tiers import Tiers
 
 __all__ = ["Request"]
 
@@ -17,8 +18,8 @@ __all__ = ["Request"]
 class Request:
     """The experts that a plan asked for, in memory or being read. Operations find their weights by it."""
 
-    slots: _core.Cache
-    """The cache that holds them; with a device it may be `Tiers`, which only its operations look into."""
+    slots: _core.Cache | Tiers
+    """The cache that holds them; only a device's operations know `Tiers`."""
     experts: NDArray[np.int32]
     """[n], as the file numbers them, in the plan's order."""
     levels: NDArray[np.int8]

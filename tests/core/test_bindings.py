@@ -258,6 +258,26 @@ def test_uses_are_numbers(tiny_moe):
             store.uses = uses
 
 
+@pytest.mark.parametrize("bits", [-1, 1, 5, 127])
+def test_bits_that_no_level_has_are_refused(bits):
+    store = ExpertStore.dry(
+        num_layers=1, num_experts=2, level_bits=[4, 8], level_bytes=[4096, 8192], budget_bytes=8192
+    )
+    wrong = np.array([0, bits], np.int8)
+    experts, unused = np.arange(2, dtype=np.int32), np.zeros(0, np.int32)
+    dropping = Plan(
+        layer=0, experts=unused, bits=wrong[:0], offsets=np.zeros(1, np.int32), tokens=unused,
+        rows=np.zeros((0, 1), np.int32), gates=np.zeros((0, 1), np.float32), drop=experts, drop_bits=wrong,
+    )  # fmt: skip
+    for use in (
+        lambda: store.levels(wrong), lambda: store.sizes(experts, wrong), lambda: store.lower(wrong),
+        lambda: store.load(experts, wrong), lambda: store.request(dropping),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"bits: expected one of 0, 4, 8, got {bits}"):
+            use()
+    assert store.levels(np.array([[0, 4, 8]], np.int8)).tolist() == [[0, 1, 2]]
+
+
 @pytest.mark.parametrize("tokens", [1, 64, 60_000, 65_536, 1_000_000])
 def test_uses_after_passes_of_any_length(tokens):
     """Later uses weigh more, and nothing overflows."""

@@ -72,6 +72,10 @@ def test_experts_and_gates_are_those_that_the_cpu_chooses(
     _core.device_choose(ws, made, put(device, logits), *there, *to)
     assert (to[0].numpy().view(np.int32) == experts).all()
     np.testing.assert_array_equal(to[1].numpy(), gates)  # NaNs may have any bits
+    broken = ~np.isfinite(logits).all(axis=1)
+    assert broken.any() == weird
+    assert (np.isnan(gates).all(axis=1) == broken).all()
+    assert np.isfinite(gates[~broken]).all()
 
 
 def test_a_rule_without_a_kernel_is_refused(device, ws):

@@ -23,6 +23,7 @@ from edgemoe.convert.convert import convert
 from edgemoe.convert.open import open_checkpoint
 from edgemoe.errors import EdgemoeError
 from edgemoe.file.reader import open_moe
+from edgemoe.hub import outline
 from edgemoe.hub.name import HubName
 from edgemoe.hub.pull import pull
 from edgemoe.hub.remote import HubError, Repository, Unreachable
@@ -382,13 +383,37 @@ def test_a_hub_without_sums_is_said(hub, tmp_path, monkeypatch) -> None:
     assert_as_converted(path, source, tmp_path)
 
 
-def test_a_hub_without_sizes_is_one_line(hub, monkeypatch) -> None:
+def heads(hub: hubs.Hub) -> list[str]:
+    return sorted(Path(path).name for method, path, _ in hub.requests if method == "HEAD")
+
+
+def test_sizes_that_the_list_lacks_are_asked_for_where_files_are_needed(hub, tmp_path) -> None:
+    source = save(hub)
+    (source / "figures.png").write_bytes(b"of pictures")
+    (source / "tiny-Q8_0.gguf").write_bytes(b"of another kind")
+    shard = min(source.glob("*.safetensors")).name
+    lacks = ("config.json", shard, "figures.png", "tiny-Q8_0.gguf")
+    hub.without_size = lambda name: name in lacks
+    path, _ = fetch()
+    assert_as_converted(path, source, tmp_path)
+    assert heads(hub) == ["config.json", shard]
+
+
+def test_a_size_that_a_hub_never_says_is_one_line(hub) -> None:
     save(hub)
-    sibling = hubs._sibling
-    monkeypatch.setattr(
-        hubs, "_sibling", lambda *a: {k: v for k, v in sibling(*a).items() if k == "rfilename"}
-    )
-    with pytest.raises(HubError, match=f"user/tiny: {hub.url} does not say how large .* is"):
+    hub.without_size = lambda name: name == "config.json"
+    hub.answer = lambda path: (302, {"Location": "http://x.test"}) if "config" in path else None
+    with pytest.raises(HubError, match=f"user/tiny: {hub.url} does not say how large config.json"):
+        fetch()
+    hub.answer = lambda path: (404, {"X-Error-Code": "EntryNotFound"}) if "config" in path else None
+    with pytest.raises(HubError, match=r"user/tiny: config\.json: there is no such file"):
+        fetch()
+
+
+def test_a_small_file_that_is_large_is_not_left_out_silently(hub, monkeypatch) -> None:
+    (save(hub) / "tokenizer.json").write_text("{}" * 1000)
+    monkeypatch.setattr(outline, "_MOST_SMALL", 1024)
+    with pytest.raises(EdgemoeError, match=r"json: expected at most 1 KiB, got 1\.\d+ KiB"):
         fetch()
 
 

@@ -340,6 +340,8 @@ def test_a_failed_save_leaves_the_file(
         b"", b"{", b"\xff", b"[]", b"{}", b'{"messages": 3}', b'{"messages": [3]}',
         b'{"messages": [{"role": "user"}]}', b'{"messages": [{"role": "wolf", "content": ""}]}',
         b'{"messages": [{"role": "user", "content": 3}]}', b"[" * 100_000,
+        b'{"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]}',
+        b'{"messages": [{"role": "assistant", "content": "", "reasoning_content": 3}]}',
     ],
 )  # fmt: skip
 def test_a_file_that_is_no_chat_changes_nothing(chat: Chat, tmp_path: Path, content: bytes) -> None:

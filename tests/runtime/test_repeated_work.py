@@ -68,6 +68,16 @@ def test_each_stage_is_the_processors_and_does_what_it_says(tiny_moe, stage):
         assert each * (tokens - 4) <= after - before <= each * tokens
 
 
+def test_nothing_is_recorded_where_work_is_not_to_be_repeated(tiny_moe, monkeypatch):
+    """A model of recurrent layers alone has keys of its own, whatever the device says of positions."""
+    monkeypatch.setattr(CudaOps, "repeats", False)
+    calls = []
+    with edgemoe.load(tiny_moe, context=64, **on_device()) as engine:
+        for _ in range(3):
+            engine.model.decoder._ops.repeat("key", lambda: calls.append(1))
+    assert len(calls) == 3
+
+
 @pytest.mark.parametrize("slots", [5, 13, 15])
 def test_while_experts_come_and_go(tiny_moe, monkeypatch, slots):
     """There is no room for all 16 experts, and some tokens find all experts of one layer on the device."""

@@ -148,6 +148,8 @@ WRONG = [
     ({}, "messages", "expected, and missing"),
     ({"messages": []}, "messages", "at least one"),
     ({"messages": [{"role": "king", "content": "x"}]}, "messages[0].role", "'king'"),
+    ({"messages": [{"role": "user", "function_call": {"name": "f"}}]}, "messages[0].function_call", "say tool_calls"),
+    ({"messages": [{"role": "user", "audio": {"id": "a"}}]}, "messages[0].audio", "text alone"),
     ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content", "int"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0].type",
      "image_url"),

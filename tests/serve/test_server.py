@@ -17,8 +17,10 @@ from dataclasses import replace
 import httpx2 as httpx
 import pytest
 from served import running, started
+from tiny import tiny_checkpoint
 
 import edgemoe
+from edgemoe.convert.convert import convert
 from edgemoe.errors import FormatError
 from edgemoe.runtime.opening import open_model
 from edgemoe.runtime.options import EngineOptions
@@ -92,6 +94,10 @@ CHATS, CLAUDE, RESPONSES = "/v1/chat/completions", "/v1/messages", "/v1/response
 COUNT, TEMPLATE = "/v1/messages/count_tokens", "/apply-template"
 LOOSE = {"type": "object", "properties": {"a": {"type": "string", "pattern": "(?=a)b"}}}
 """A schema that no grammar can see to."""
+FUNCTION = {"type": "function", "function": {"name": "f"}}
+ASKED = {"role": "user", "content": "x"}
+CALLING = {"role": "assistant", "tool_calls": [{"id": "a", "x": 1, **FUNCTION}]}
+RETURNED = {"role": "tool", "tool_call_id": "a", "content": "x"}
 
 
 def strict(schema):
@@ -122,6 +128,25 @@ def strict(schema):
         ("/tokenize", {"content": "x", "parse_special": True}, "parse_special"),
         ("/detokenize", {"tokens": [65], "x": 1}, "x"), (TEMPLATE, chat(x=1), "x"),
         (TEMPLATE, chat(tools=[{"type": "x"}]), "tools[0]"),
+        (CHATS, {"messages": [{"role": "user", "content": "x", "x": 1}]}, "messages.x"),
+        (CHATS, chat([{"type": "text", "text": "x", "x": 1}]), "messages.x"),
+        (CHATS, {"messages": [CALLING, RETURNED]}, "messages.x"),
+        (CHATS, chat(stream_options={"include_usage": True}), "stream_options"),
+        (CHATS, chat(timings_per_token=True), "timings_per_token"),
+        ("/v1/completions", {"prompt": "x", "return_progress": True}, "return_progress"),
+        (TEMPLATE, chat([{"type": "text", "text": "x", "x": 1}]), "messages.x"),
+        (CLAUDE, chat([{"type": "text", "text": "x", "citations": ["x"]}]), "messages.citations"),
+        (CLAUDE, chat([{"type": "tool_result", "tool_use_id": "a", "is_error": True}]), "messages.is_error"),
+        (CLAUDE, chat([{"type": "redacted_thinking", "data": "x"}]), "redacted_thinking"),
+        (CLAUDE, chat(system=[{"type": "text", "text": "x", "x": 1}]), "system.x"),
+        (RESPONSES, {"input": [ASKED, {"type": "reasoning", "encrypted_content": "x"}]}, "input.encrypted_content"),
+        (CHATS, chat(tools=[FUNCTION | {"x": 1}]), "tools[0].x"),
+        (CHATS, chat(tools=[FUNCTION, FUNCTION | {"function": {"name": "g", "x": 1}}]), "tools[1].function.x"),
+        (CHATS, chat(tools=[FUNCTION | {"cache_control": {}}]), "cache_control"),
+        (TEMPLATE, chat(tools=[FUNCTION | {"x": 1}]), "tools[0].x"),
+        (CLAUDE, chat(tools=[{"name": "f", "input_schema": {}, "defer_loading": True}]), "tools[0].defer_loading"),
+        (COUNT, chat(tools=[{"name": "f", "input_schema": {}, "parameters": LOOSE}]), "tools[0].parameters"),
+        (RESPONSES, {"input": "x", "tools": [{"type": "function", "name": "f", "x": 1}]}, "tools[0].x"),
     ],
 )  # fmt: skip
 def test_strict_servers_refuse_what_has_no_effect(guarded, server, path, body, name):
@@ -138,7 +163,56 @@ def test_strict_servers_refuse_what_has_no_effect(guarded, server, path, body, n
 @pytest.mark.parametrize(
     ("path", "body"),
     [
+        (CHATS, chat(tools=[{"type": "function", "function": {"name": "f", "parameters": LOOSE}}])),
+        (CLAUDE, chat(tools=[{"name": "f", "input_schema": LOOSE}])),
+        (RESPONSES, {"input": "x", "tools": [{"type": "function", "name": "f", "parameters": LOOSE}]}),
+    ],
+)  # fmt: skip
+def test_a_reply_says_that_calls_are_not_kept_to_a_schema(server, path, body):
+    body = {**body, "max_output_tokens" if path == RESPONSES else "max_tokens": 1}
+    done = server.post(path, body).json()
+    (note,) = done["edgemoe"]["notes"]
+    assert note.startswith("calls are not kept to the schemas of their tools: tools[0].function.pa")
+
+
+ALTERNATING = """{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}
+{{ raise_exception('roles must alternate') }}{% endif %}<|im_start|>{{ message['content'] }}{% endfor %}"""
+
+
+def test_a_reply_says_that_messages_were_reworded(tmp_path):
+    checkpoint = tiny_checkpoint()
+    config = json.loads(checkpoint.files["tokenizer_config.json"]) | {"chat_template": ALTERNATING}
+    checkpoint.files["tokenizer_config.json"] = json.dumps(config).encode()
+    convert(checkpoint, tmp_path / "x.moe")
+    with running(tmp_path / "x.moe") as server:
+        twice = {"messages": [ASKED, ASKED], "max_tokens": 1}
+        how = "neighbours of one role are one message"
+        for path in (CHATS, CLAUDE):
+            said = server.post(path, twice).json()["edgemoe"]["notes"]
+            assert said == [f"messages were reworded for the model's template: {how}"]
+        assert "notes" not in server.post(CHATS, chat(max_tokens=1)).json()["edgemoe"]
+
+
+def test_names_without_effect_that_are_many_or_long_are_cut(server):
+    tools = [FUNCTION | {"x": 1}, {"type": "function", "function": {"name": "g"}, "x": 1}]
+    tools += [{"type": f"{i}" * 1000} for i in range(100)]
+    done = server.post(CHATS, chat(max_tokens=1, tools=tools, **{"y" * 1000: 1}))
+    ignored = done.json()["edgemoe"]["ignored"]
+    assert len(ignored) == 33
+    assert ignored[-1] == "70 more fields"
+    assert max(map(len, ignored)) == 80
+    assert ignored[0].startswith("yyy")
+    assert ignored[1] == "tools[0].x"
+    assert ignored[2].startswith("tools[2]: 000")
+    assert server.service.log.since(0)[-1]["ignored"] == ignored
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
         (CHATS, chat(tools=[{"type": "function", "function": strict({"type": "object"})}])),
+        (CHATS, chat(tools=[FUNCTION | {"x": False, "y": None}])),
+        (CHATS, {"messages": [ASKED | {"annotations": [], "audio": None, "function_call": None}]}),
         (CHATS, chat(tools=[{"type": "function", "function": strict(LOOSE)}], tool_choice="none")),
         (CHATS, chat(tools=[{"type": "function", "function": {**strict(LOOSE), "strict": False}}])),
         (CHATS, chat(thinking={"type": "enabled", "budget_tokens": 9})),

@@ -266,7 +266,7 @@ def _outlier(model: _Model) -> _Answer:
     )
     scores = np.empty(model.shape)
     for i in range(scores.size):
-        matrices = store.cache.decode(i, len(moe.ladder))
+        matrices = store.host.decode(i, len(moe.ladder))
         scores.flat[i] = max(rules.outlier_score(w) for w in matrices)
         if model.progress is not None:
             model.progress(i + 1, scores.size)

@@ -10,7 +10,7 @@ import copy
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -295,10 +295,10 @@ def _over(store: ExpertStore, header: TraceHeader, vram_bytes: int) -> ExpertSto
         num_layers=header.num_layers, num_experts=header.num_experts, level_bits=header.level_bits,
         level_bytes=[header.level_bytes[-1]] * len(header.level_bytes), budget_bytes=vram_bytes, rungs=rungs,
     )  # fmt: skip
-    tiers = Tiers(store.cache, there.cache, header.num_layers)
+    tiers = Tiers(store.host, there.host, header.num_layers)
     every = header.num_layers * header.num_experts
     return ExpertStore(
-        cast(Any, tiers), num_experts=header.num_experts, level_bits=header.level_bits,
+        tiers, num_experts=header.num_experts, level_bits=header.level_bits,
         rungs=np.full(every, len(header.level_bits), np.uint8) if rungs is None else rungs,
     )  # fmt: skip
 

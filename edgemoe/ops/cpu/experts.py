@@ -121,7 +121,7 @@ class CpuExperts(CpuMemory):
         """See `Ops.expert_ffn`; hidden [m, H], if given, gets the inputs of each w_down."""
         self._project(x, layer, request)
         _core.expert_ffn(
-            self._ws, x, request.slots, request.experts, request.levels, plan.offsets, plan.tokens,
+            self._ws, x, _cache(request), request.experts, request.levels, plan.offsets, plan.tokens,
             group, parts, hidden, layer.activation, layer.biases, layer.basis, request.projected,
         )  # fmt: skip
 
@@ -164,7 +164,7 @@ class CpuExperts(CpuMemory):
         self._project(x, layer, request)
         matrices, to = (None, None) if beside is None else beside
         _core.run_experts(
-            self._ws, x, request.slots, request.experts, request.levels, plan.offsets, plan.tokens,
+            self._ws, x, _cache(request), request.experts, request.levels, plan.offsets, plan.tokens,
             plan.rows, plan.gates, parts, out, layer.activation, layer.biases, layer.basis, request.projected,
             matrices, to,
         )  # fmt: skip
@@ -193,3 +193,9 @@ class CpuExperts(CpuMemory):
             for i in range(1, len(bias[e])):
                 added += inner[:, i : i + 1] * down[e, i]
             out[rows] += added
+
+
+def _cache(request: Request) -> _core.Cache:
+    """Returns where a request's experts lie; a device's operations give the host's part of `Tiers` alone."""
+    assert isinstance(request.slots, _core.Cache)
+    return request.slots

@@ -30,7 +30,7 @@ class CudaRepeats(CudaExperts):
 
     def repeat(self, key: Hashable | None, run: Callable[[], None]) -> None:
         """See `Ops.repeat`."""
-        if key is None or (note := self._notes.of(key, run)) is None:
+        if key is None or not self.repeats or (note := self._notes.of(key, run)) is None:
             run()
         else:
             self._is_posted, self._x_of = self._ws.repeat(note), None
