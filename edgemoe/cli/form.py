@@ -78,8 +78,9 @@ def keep_to(engine: Engine, chat: Chat, schema: object) -> None:
     if tokenizer is None:
         raise ValueError("--json-schema: the model has no tokenizer")
     grammars = Grammars(
-        tokenizer, engine.config.vocab_size, sorted({*engine.config.eos_ids, *tokenizer.eos_ids})
-    )
+        tokenizer, engine.config.vocab_size, sorted({*engine.config.eos_ids, *tokenizer.eos_ids}),
+        spare=engine.model.room.spare, made=engine.model.room.take_in,
+    )  # fmt: skip
     try:
         grammar = grammars.json_schema("--json-schema", schema)
     except Problem as problem:

@@ -50,7 +50,8 @@ class Room:
         self._tokens = 0  # of the largest pass so far
         self._singles = 0  # decoding passes so far
         self._is_lent = False
-        self._beside = self._borrowed = 0
+        self._beside = self._borrowed = self._late = 0
+        self._ram = budget.ram
         self.is_resting = False
         """Whether the slots' memory was given back to the system, until the next pass."""
         self._base = budget.fixed - budget.kv - budget.chunk * budget.row
@@ -84,7 +85,9 @@ class Room:
         tokens = len(batch)
         self._singles += batch.is_decoding
         is_warm = self._is_measured and self._singles > _WARM_TOKENS
-        is_due = is_warm and time.perf_counter() >= self._next_s
+        is_due = is_warm and (
+            time.perf_counter() >= self._next_s or (self._late > 0 and not self._borrowed)
+        )
         grown = [s for s in batch.slices if s.state.length + s.count > s.state.reach]
         if not (is_due or grown or tokens > self._tokens or self._is_lent):
             return
@@ -94,6 +97,8 @@ class Room:
         self._is_lent = False
         if is_due:
             self._measure(taken)
+            if not self._borrowed:
+                self._ram, self._late = self._ram + self._late, 0
         for part in grown:
             self._reach(part.state, part.state.length + part.count)
         self._tokens = max(tokens, self._tokens)
@@ -155,6 +160,13 @@ class Room:
             self._resize(self._left())
         return 0
 
+    def take_in(self, size: int) -> None:
+        """Adds `size` bytes to the budget, which were reserved beside it and are in use, and will stay so.
+
+        They count from the next measurement on, as that counts what they are used for.
+        """
+        self._late += size
+
     def rest(self) -> None:
         """Gives the slots' memory back to the system, except for one expert; the next pass takes it again."""
         if not self._is_steady:
@@ -189,12 +201,12 @@ class Room:
         """Returns the bytes that are left, beside `taken`, when the slots have given up all that they can."""
         budget = self._budget
         least = self._size if self._is_steady else budget.expert
-        return budget.ram - self._base - taken - self._borrowed - least
+        return self._ram - self._base - taken - self._borrowed - least
 
     def _left(self, beside: int = 0) -> int:
         """Returns the bytes that are left for slots when everything that is counted, and `beside` bytes, are taken."""
         budget = self._budget
-        left = budget.ram - self._base - self._counted() - beside - self._borrowed
+        left = self._ram - self._base - self._counted() - beside - self._borrowed
         return min(max(left, budget.expert), budget.experts)
 
     def _counted(self) -> int:

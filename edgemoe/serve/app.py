@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -147,7 +148,10 @@ class _Door:
             await _said(problem, asked.route)(scope, receive, counted)
             return
         asked_now.set(asked)
-        await self._app(scope, receive, counted)
+        try:
+            await self._app(scope, receive, counted)
+        finally:
+            self._service.desk.release(asked.held)
 
 
 _HEADERS = (
@@ -227,14 +231,16 @@ def _gone(request: Request, error: ClientDisconnect) -> Response:
 
 
 async def body_of(
-    request: Request, *, most: int, grow: Callable[[int], Awaitable[None]] | None = None
-) -> bytes:
+    request: Request, *, most: int, grow: Callable[[int], Awaitable[None]] | None = None,
+    into: bytearray | None = None,
+) -> bytes:  # fmt: skip
     """Returns a request's body.
 
     Args:
         request: the request.
         most: the most bytes.
         grow: makes room for so many bytes more, when they are about to come.
+        into: where the body is stored, also as much of it as has come before an error.
 
     Raises:
         Problem: it is larger than `most` bytes, or no part of it came for `connections.PATIENCE` seconds.
@@ -243,7 +249,8 @@ async def body_of(
     said = request.headers.get("content-length", "")
     if said.isdecimal() and int(said) > most:  # without waiting for any of it
         raise too_large
-    body, room, whole = bytearray(), 0, int(said) if said.isdecimal() else most
+    body = bytearray() if into is None else into
+    room, whole = 0, int(said) if said.isdecimal() else most
     stream = request.stream()
     while True:
         try:
@@ -328,15 +335,17 @@ async def _read(service: Service, request: Request, read: Callable[[Service, byt
         await desk.hold(size, of=held + size)
         held += size
 
-    body = b""
+    body = bytearray()
     try:
-        body = await body_of(request, most=_LARGEST_BODY, grow=grow)
+        whole = await body_of(request, most=_LARGEST_BODY, grow=grow, into=body)
         desk.release(held - len(body))
         held = len(body)
         async with desk.line:
-            return await asyncio.to_thread(desk.read, read, service, body)
+            return await asyncio.to_thread(desk.read, read, service, whole, asked_now.get())
     finally:
-        del body  # before its memory is given back
+        # Its memory is given back: errors refer to it, and asyncio's cycles keep them for a while.
+        with contextlib.suppress(BufferError):
+            body.clear()
         desk.release(held)
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
 import logging
+import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,12 +21,20 @@ from edgemoe.text.calls import markers
 from edgemoe.text.replies import ReplyFormat
 from edgemoe.text.tokenizer import Tokenizer
 
-__all__ = ["Grammars", "grammar_bytes", "lost"]
+__all__ = ["Compiled", "Grammars", "grammar_bytes", "lost"]
 
 logger = logging.getLogger(__name__)
 
 _LARGEST = 256 << 10  # characters of a schema or grammar
-_KEPT = 64
+_PER_TOKEN = 600  # bytes of the masks for each token of the vocabulary
+_PER_CHARACTER = 96  # bytes of a compiled grammar for each of its characters; measured with schemas
+_PER_GRAMMAR = 1 << 19  # and in any case
+_KEPT = 8 << 20  # bytes of compiled grammars that no reply uses
+_PER_STATE = 1 << 10  # bytes of a state of a lexer, which makes them as a reply goes on; measured
+_STATES = (
+    4096,
+    250_000,
+)  # the most states, whatever the memory, and with any memory (llguidance's)
 _MOST_CALLS = 16  # in a reply that must call a tool: a weak model may never end by itself
 _MOST_BEFORE = 8  # messages before the answer, for models that write in channels; likewise
 _NAMED, _VALUES = ("properties", "$defs", "definitions"), ("enum", "const", "default", "examples")
@@ -34,7 +45,24 @@ _SPACE = r"[\x20\x0A]{0,12}"
 
 def grammar_bytes(vocab_size: int) -> int:
     """Returns about how many bytes the masks of a vocabulary take; measured with 49,152 and with 151,936 tokens."""
-    return (16 << 20) + 600 * vocab_size
+    return (16 << 20) + _PER_TOKEN * vocab_size
+
+
+def _compiled_bytes(grammar: str) -> int:
+    """Returns about how many bytes a compiled grammar takes."""
+    return _PER_GRAMMAR + _PER_CHARACTER * len(grammar)
+
+
+class Compiled:
+    """A compiled grammar."""
+
+    __slots__ = ("__weakref__", "grammar", "matcher")
+
+    def __init__(self, grammar: str, matcher: Any) -> None:
+        self.grammar, self.matcher = grammar, matcher
+
+    def __sizeof__(self) -> int:
+        return _compiled_bytes(self.grammar)
 
 
 class Grammars:
@@ -43,10 +71,33 @@ class Grammars:
     A grammar is a string in llguidance's notation. Compiled ones are cached.
     """
 
-    def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_ids: Sequence[int]) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        vocab_size: int,
+        eos_ids: Sequence[int],
+        *,
+        spare: int = _PER_STATE * _STATES[1],
+        need: Callable[[int], None] = lambda _: None,
+        made: Callable[[int], None] = lambda _: None,
+    ) -> None:
+        """Makes nothing yet: the masks are made for the first grammar.
+
+        Args:
+            tokenizer: the model's.
+            vocab_size: tokens of the model.
+            eos_ids: the tokens that end a reply.
+            spare: bytes that the lexer of one reply may take as it goes on. The least is 4 MiB, which `grammar_bytes`
+                has. A reply that takes more fails.
+            need: makes room for so many bytes, which a new grammar takes; or raises a Problem.
+            made: is called once the masks are made, with the bytes of `grammar_bytes` that they keep.
+        """
         self._tokenizer, self._vocab_size, self._eos = tokenizer, vocab_size, sorted(eos_ids)
+        self._need, self._told = need, made
+        self._states = min(max(spare // _PER_STATE, _STATES[0]), _STATES[1])
         self._lock = threading.Lock()
-        self._matcher = functools.lru_cache(maxsize=_KEPT)(self._compiled)
+        self._compiled: WeakValueDictionary[str, Compiled] = WeakValueDictionary()
+        self._last: list[Compiled] = []  # those used last, as far as their memory is reserved
 
     def json_schema(self, param: str, schema: object) -> str:
         """Returns the grammar of a JSON schema.
@@ -261,7 +312,20 @@ class Grammars:
 
     def matcher(self, grammar: str) -> Any:
         """Returns a new matcher at the start of a checked grammar."""
-        return self._matcher(grammar).deep_copy()
+        return self.compiled(grammar).matcher.deep_copy()
+
+    def compiled(self, grammar: str) -> Compiled:
+        """Returns a grammar as it was compiled last, or compiles it; a request keeps it as long as it is answered."""
+        with self._lock:
+            found = self._compiled.get(grammar)
+        if found is None:
+            found = Compiled(grammar, self._first_matcher(grammar))
+        with self._lock:
+            self._compiled[grammar] = found
+            last = [found, *(one for one in self._last if one is not found)]
+            sizes = itertools.accumulate(map(sys.getsizeof, last))
+            self._last = [one for one, size in zip(last, sizes, strict=True) if size <= _KEPT]
+        return found
 
     def mask(self, matcher: Any) -> NDArray[np.int32]:
         """Returns the mask of the tokens that may come next: int32 [ceil(V / 32)], a bit for each token.
@@ -276,15 +340,20 @@ class Grammars:
         return mask
 
     def _checked(self, param: str, grammar: str) -> str:
-        matcher = self._matcher(grammar)
+        with self._lock:
+            is_new = grammar not in self._compiled
+        if is_new:
+            self._need(_compiled_bytes(grammar))
+        matcher = self.compiled(grammar).matcher
         if matcher.is_error():
             raise wrong(param, f"cannot be kept to: {_why(matcher)}")
         return grammar
 
-    def _compiled(self, grammar: str) -> Any:
-        from llguidance import LLMatcher
+    def _first_matcher(self, grammar: str) -> Any:
+        from llguidance import LLMatcher, LLParserLimits
 
-        matcher = LLMatcher(self._backend, grammar, log_level=0)
+        limits = LLParserLimits(max_lexer_states=self._states)
+        matcher = LLMatcher(self._backend, grammar, log_level=0, limits=limits)
         first = matcher.deep_copy()
         with contextlib.suppress(Problem):  # the first mask finds grammars that match nothing
             self.mask(first)
@@ -299,7 +368,9 @@ class Grammars:
     def _made(self) -> Any:
         from llguidance import LLTokenizer
 
-        return LLTokenizer(self._tokenizer.to_json(), n_vocab=self._vocab_size, eos_token=self._eos)
+        made = LLTokenizer(self._tokenizer.to_json(), n_vocab=self._vocab_size, eos_token=self._eos)
+        self._told(_PER_TOKEN * self._vocab_size)
+        return made
 
 
 def lost(matcher: Any) -> Problem:

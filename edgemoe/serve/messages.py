@@ -37,7 +37,6 @@ def read_messages(service: Service, body: bytes) -> tuple[fields.MessagesRequest
         ignored=ignored, adapter=service.adapter(request.model),
     )  # fmt: skip
     ask = service.converse(_talk(request, wanted), wanted)
-    request.tools = None
     fields.forget(request)
     return request, ask
 

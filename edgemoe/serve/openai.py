@@ -11,6 +11,7 @@ from edgemoe.serve.prompts import Conversation
 from edgemoe.serve.reply import Ask
 from edgemoe.serve.service import Service, Wanted
 from edgemoe.serve.settings import seconds
+from edgemoe.serve.sizes import kept_bytes
 
 __all__ = ["read_chat", "read_completion", "thinking", "tool_choice"]
 
@@ -18,6 +19,9 @@ _SAMPLING = (
     "temperature", "top_p", "top_k", "min_p", "typical_p", "repeat_penalty", "repeat_last_n",
     "presence_penalty", "frequency_penalty", "seed", "ignore_eos",
 )  # fmt: skip
+
+_MOST_PROMPTS = 4096
+_STEP = 1 << 20  # bytes
 
 _STRUCTURED: Mapping[str, tuple[type, ...]] = {
     "json": (dict, str), "regex": (str,), "choice": (list,), "grammar": (str,),
@@ -155,7 +159,6 @@ def read_chat(service: Service, body: bytes) -> tuple[fields.ChatRequest, Ask]:
         if tool.function is not None and tool.function.strict
     ]
     ask = service.converse(Conversation(request.messages, tools), wanted)
-    request.tools = None
     fields.forget(request)
     return request, ask
 
@@ -174,11 +177,16 @@ def read_completion(service: Service, body: bytes) -> tuple[fields.CompletionReq
     params = service.sampled(wanted.sampling)
     prompt: Any = request.prompt
     many = isinstance(prompt, list) and prompt and not all(isinstance(i, int) for i in prompt)
-    asks = []
+    if many and len(prompt) > _MOST_PROMPTS:
+        raise wrong("prompt", f"expected at most {_MOST_PROMPTS}, got {len(prompt)}")
+    asks: list[Ask] = []
+    kept = 0
     for i, one in enumerate(prompt if many else [prompt]):
         where = f"prompt[{i}]" if many else "prompt"
         if isinstance(one, str):
-            ids = service.encoded(one, where, add_special=True)
+            # In steps, as each may wait for the pass that runs.
+            ids = service.encoded(one, where, add_special=True, beside=kept & ~(_STEP - 1))
+            kept += kept_bytes(ids)
         elif isinstance(one, list) and one and all(type(t) is int for t in one):
             size = service.model.config.vocab_size
             if not all(0 <= t < size for t in one):

@@ -12,6 +12,7 @@ from typing import Any
 
 from edgemoe.errors import EdgemoeError
 from edgemoe.runtime.requests import Constraint, Figures, Outcome, Request
+from edgemoe.serve.grammar import Compiled
 from edgemoe.serve.problems import Problem
 from edgemoe.text.calls import ToolCall
 from edgemoe.text.logprobs import TokenLogprob
@@ -56,6 +57,8 @@ class Ask:
     """Whether a grammar makes the reply a call."""
     constraint: Callable[[], Constraint | None] = lambda: None
     """Makes the constraint of one choice; None for none."""
+    grammars: tuple[Compiled, ...] = ()
+    """The grammars of the constraint, which stay compiled."""
     several_calls: bool = True
     """Whether the reply may have more than one call."""
     slot: int | None = None

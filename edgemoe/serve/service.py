@@ -18,7 +18,7 @@ from edgemoe.runtime.opening import Opened
 from edgemoe.runtime.pool import PrefixPool
 from edgemoe.runtime.prefixes import PrefixStore
 from edgemoe.runtime.profile import ProfileFile
-from edgemoe.runtime.requests import Constraint, Outcome
+from edgemoe.runtime.requests import Outcome
 from edgemoe.serve.desk import Desk
 from edgemoe.serve.figures import ServerFigures
 from edgemoe.serve.grammar import Grammars
@@ -42,6 +42,10 @@ logger = logging.getLogger(__name__)
 _LOOKED_AT = 4096  # characters at the end of a prompt that may be the beginning of the reply
 _NO_GRAMMAR = "cannot be kept to: this server was started with --no-grammar"
 _SURELY_LONG = 8  # characters per token; text has about four
+_MOST_IGNORED, _LONGEST_NAME = (
+    32,
+    80,
+)  # of fields without effect, as an answer and the log name them
 
 
 @dataclass(slots=True, kw_only=True)
@@ -129,7 +133,14 @@ class Service:
         self.figures, self.log = ServerFigures(), RequestLog()
         eos = opened.text.eos_ids
         self.grammars = (
-            Grammars(tokenizer, self.model.config.vocab_size, sorted(eos))
+            Grammars(
+                tokenizer,
+                self.model.config.vocab_size,
+                sorted(eos),
+                spare=self.model.room.spare // self.model.options.sequences,
+                need=lambda size: self.desk.need(size),
+                made=self.model.room.take_in,
+            )
             if settings.has_grammar
             else None
         )
@@ -189,17 +200,23 @@ class Service:
             said = str(error).removeprefix("adapter: ")
             raise Problem(404, f"{param}: {said}", param=param, code="model_not_found") from None
 
-    def note(self, ignored: Sequence[str]) -> None:
+    def note(self, ignored: list[str]) -> None:
         """Counts fields of a request that have no effect, and logs those that are new; with --strict, refuses them.
+
+        Args:
+            ignored: their names; shortened to what the answer and the log keep of them.
 
         Raises:
             Problem: there is one, and the server is strict.
         """
+        ignored[:] = dict.fromkeys(name[:_LONGEST_NAME] for name in ignored)
+        if len(ignored) > _MOST_IGNORED:
+            ignored[_MOST_IGNORED:] = [f"{len(ignored) - _MOST_IGNORED} more fields"]
         if ignored and self.settings.is_strict:
             name = ignored[0].partition(": ")[0]
             raise wrong(name, "has no effect here, and --strict refuses what has none")
         for name in self.figures.ignored(ignored):
-            logger.warning("a client sends %s, which has no effect here", name[:80])
+            logger.warning("a client sends %s, which has no effect here", name)
 
     def shown(self, adapter: int) -> str:
         """Returns the name of the model with an adapter, as replies show it."""
@@ -258,9 +275,7 @@ class Service:
             if wanted.most_reasoning is None
             else wanted.most_reasoning
         )
-        ask.constraint = self._constraint(
-            wanted, tools, is_reasoning, 0 if thinks is False else most
-        )
+        self._constrain(ask, wanted, tools, is_reasoning, 0 if thinks is False else most)
         return ask
 
     def rendered(self, talk: Conversation, variables: Mapping[str, Any]) -> str:
@@ -269,21 +284,23 @@ class Service:
         Raises:
             Problem: the template refuses it, or it takes too much memory.
         """
-        said = "".join(map(json.dumps, (talk.messages, talk.tools, variables)))
-        given = len(said)
-        few = Tokenizer.most_bytes(said[: _SURELY_LONG * self.context])  # tokenizing comes next
+        # One after another, as it takes their memory twice.
+        given = sum(len(json.dumps(part)) for part in (*talk.messages, *talk.tools, variables))
+        few = Tokenizer.most_bytes(" " * min(given, _SURELY_LONG * self.context))  # comes next
         self.desk.need(max(Meter.most_bytes(given), few))
         return render(
             self.tokenizer, talk, self.form, variables=variables,
             most_characters=_SURELY_LONG * self.context + 2 * given + 4096,
         )  # fmt: skip
 
-    def _constraint(
-        self, wanted: Wanted, tools: Sequence[Mapping[str, Any]], is_reasoning: bool, most: int
-    ) -> Callable[[], Constraint | None]:
-        """Returns a function that makes the constraint of a choice, or None if nothing is constrained.
+    def _constrain(
+        self, ask: Ask, wanted: Wanted, tools: Sequence[Mapping[str, Any]], is_reasoning: bool,
+        most: int,
+    ) -> None:  # fmt: skip
+        """Sets what makes the constraint of each choice, if anything is constrained.
 
         Args:
+            ask: the request.
             wanted: what the request wants.
             tools: those that may be called.
             is_reasoning: the prompt has opened the reasoning already.
@@ -314,8 +331,11 @@ class Service:
         if wanted.most_reasoning is not None and self.can_reason and not is_limited:
             wanted.ignored.append("thinking.budget_tokens")
         if grammar is None and not lazy and not has_limit:
-            return lambda: None
-        return lambda: Guide(
+            return
+        if grammars is not None:
+            needed = [*lazy.values(), *([] if grammar is None else [grammar])]
+            ask.grammars = tuple(map(grammars.compiled, needed))
+        ask.constraint = lambda: Guide(
             grammars, grammar, is_reasoning=is_reasoning, reasoning=marks, most_reasoning=most,
             lazy=lazy, several=several,
         )  # fmt: skip
@@ -358,14 +378,23 @@ class Service:
             ignored=wanted.ignored, slot=wanted.slot, reuses=wanted.reuses, keep_alive=wanted.keep_alive,
             adapter=wanted.adapter,
         )  # fmt: skip
-        if grammar is not None:
+        if grammar is not None and grammars is not None:
+            ask.grammars = (grammars.compiled(grammar),)
             ask.constraint = lambda: Guide(grammars, grammar)
         return ask
 
     def encoded(
-        self, text: str, param: str, *, add_special: bool, may_be_empty: bool = False
-    ) -> list[int]:
+        self, text: str, param: str, *, add_special: bool, may_be_empty: bool = False,
+        beside: int = 0,
+    ) -> list[int]:  # fmt: skip
         """Returns the tokens of a prompt.
+
+        Args:
+            text: the prompt.
+            param: the field that it comes from, for errors.
+            add_special: add the tokens that the model expects around a text.
+            may_be_empty: a text without tokens is no error.
+            beside: bytes that the request's earlier prompts take.
 
         Raises:
             Problem: the text is not valid Unicode, has no tokens and must have some, is too long for the context, or
@@ -373,10 +402,10 @@ class Service:
         """
         few = text[: _SURELY_LONG * self.context]
         try:
-            self.desk.need(Tokenizer.most_bytes(few))
+            self.desk.need(beside + Tokenizer.most_bytes(few))
             if len(few) < len(text) and len(self.tokenizer.encode(few)) >= self.context:
                 raise too_long(param, len(text) * self.context // len(few), self.context)
-            self.desk.need(Tokenizer.most_bytes(text))
+            self.desk.need(beside + Tokenizer.most_bytes(text))
             ids = self.tokenizer.encode(text, add_special=add_special)
         except ValueError as error:
             raise wrong(param, str(error)) from None

@@ -66,8 +66,8 @@ def main(folder, tool, arguments):
         )
         slot.sampler = Script([*tokenizer.encode(said), 2])
 
-    async def recorded(request):
-        body = await body_of(request)
+    async def recorded(request, **how):
+        body = await body_of(request, **how)
         path = request.url.path + (f"?{request.url.query}" if request.url.query else "")
         line = {"path": path, "headers": dict(request.headers), "body": json.loads(body)}
         with open(folder / "requests.jsonl", "a") as file:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import random
 import re
+import sys
+from contextlib import nullcontext
 
 import anthropic
 import jsonschema
@@ -14,6 +17,8 @@ from tiny import tiny_checkpoint
 
 from edgemoe.convert.convert import convert
 from edgemoe.serve.completions import ChatAnswer
+from edgemoe.serve.grammar import Grammars
+from edgemoe.serve.problems import Problem
 from edgemoe.serve.reply import Ask
 from edgemoe.text.sampler import SamplingParams
 
@@ -259,3 +264,32 @@ def test_a_conversation_with_calls_goes_on(server):
     assert "<tool_response>\nblue\n</tool_response>" in prompt
     assert prompt.startswith("<|im_start|>system\nYou may call tools.")
     assert '"name": "wait"' in prompt
+
+
+def test_compiled_grammars_stay_within_their_memory(server):
+    tokenizer, told = server.service.tokenizer, []
+    grammars = Grammars(tokenizer, 264, [258], need=told.append, made=told.append)
+    large = [grammars.choice("x", [str(i) * 30000]) for i in range(4)]
+    assert told == [(1 << 19) + 96 * len(large[0]), 600 * 264] + [told[0]] * 3
+    assert sum(map(sys.getsizeof, grammars._last)) < 8 << 20
+    assert [one.grammar for one in grammars._last] == large[:1:-1]
+    kept = grammars.compiled(large[0])
+    for i in range(4):
+        grammars.choice("x", [str(i) * 30000 + "x"])
+    assert grammars.compiled(large[0]) is kept  # a request has it
+    grammars.choice("x", [str(0) * 30000])
+    assert len(told) == 9  # its memory too
+
+
+def test_a_lexer_takes_no_more_than_there_is(server):
+    tokenizer, draw = server.service.tokenizer, random.Random(0)
+    both = [tokenizer.token_id(letter) for letter in "ab"]
+    for spare, states in ((0, 4096), (1 << 40, 250_000)):
+        grammars = Grammars(tokenizer, 264, [258], spare=spare)
+        assert grammars._states == states
+        matcher = grammars.matcher(grammars.regex("x", "[ab]*a[ab]{14}"))
+        is_refused = pytest.raises(Problem, match="too many states: 4096")
+        with nullcontext() if spare else is_refused:
+            for _ in range(5000):  # nearly every letter leads to another state
+                matcher.consume_token(draw.choice(both))
+                grammars.mask(matcher)
