@@ -130,6 +130,7 @@ class Room:
             return
         taken = self._counted()
         if beyond > self._spare(taken) and is_grown:
+            hardware.trim()  # what others took and gave back is there too
             self._measure(taken + self._borrowed)
         spare = self._spare(self._reserved() if self._is_steady else taken)
         if beyond > spare:

@@ -201,6 +201,7 @@ def test_what_is_lent_comes_back_with_the_next_pass():
 
 
 def test_no_more_is_lent_than_there_is():
+    hardware.trim()  # as lending does
     taken = hardware.exact_process_bytes()
     b = budget(ram=taken + 64 * MIB, process=taken, dense=0, kv=12 * MIB, experts=4000 * EXPERT)
     r, _ = room(b, is_measured=True)
@@ -221,6 +222,23 @@ def test_no_more_is_lent_than_there_is():
         r.lend(before - EXPERT)  # the process was measured again, and has grown
     r.lend(before - EXPERT - len(ballast) - 2 * MIB)
     assert r.size <= EXPERT + 4 * MIB
+
+
+def test_memory_that_was_given_back_is_lent():
+    blocks = [bytearray(b"x") * 100_000 for _ in range(400)]  # too small to be mapped one by one
+    kept = blocks[::40]
+    taken = hardware.exact_process_bytes()
+    b = budget(ram=taken + 64 * MIB, process=taken, dense=0, kv=12 * MIB, experts=4000 * EXPERT)
+    r, _ = room(b, is_measured=True)
+    state = sequence(r)
+    for _ in range(5):
+        run(r, state, 1)
+    r._next_s = float("inf")
+    before = r.size
+    blocks.clear()  # the allocator keeps it
+    r.lend(before + 16 * MIB)  # or it would raise
+    assert r.size < before
+    assert len(kept) == 10
 
 
 def test_slots_that_keep_their_size_lend_what_nothing_needs():
