@@ -25,6 +25,10 @@ _NOISE = 1 << 19
 """What the process may have grown by before it is worth a measurement, in bytes; a part of `Budget.slack`."""
 
 
+_TRIMMED = 8 << 20
+"""What it may have grown by before memory that was freed is given back to the system, in bytes."""
+
+
 class Room:
     """The size of the expert slots, which is adjusted before each pass.
 
@@ -219,6 +223,9 @@ class Room:
         """Measures what everything takes but the slots and `taken` bytes, and may take before the next measurement."""
         start = time.perf_counter()
         base = self._taken(hardware.exact_process_bytes()) - taken
+        if base > self._base + _TRIMMED:
+            hardware.trim()
+            base = self._taken(hardware.exact_process_bytes()) - taken
         now = time.perf_counter()
         self._next_s = now + (now - start) / _SHARE
         # How much of what is borrowed is in use is not known: until it comes back, only growth is certain.

@@ -184,7 +184,8 @@ def _check(missing: int, others: int) -> None:
     """Refuses a request that misses so many bytes, where other requests have borrowed `others`."""
     if missing > max(others, 0):
         raise Problem(
-            413, f"body: reading it takes {-(-missing >> 20)} MiB more memory than --ram leaves"
+            413,
+            f"body: reading and answering it takes {-(-missing >> 20)} MiB more memory than --ram leaves",
         )
     if missing:
         text = "body: other requests take the memory that reading it takes"

@@ -159,6 +159,7 @@ def read_chat(service: Service, body: bytes) -> tuple[fields.ChatRequest, Ask]:
         if tool.function is not None and tool.function.strict
     ]
     ask = service.converse(Conversation(request.messages, tools), wanted)
+    service.will_say([ask], streams=bool(request.stream), at_once=1, built=450, written=200)
     fields.forget(request)
     return request, ask
 
@@ -195,5 +196,8 @@ def read_completion(service: Service, body: bytes) -> tuple[fields.CompletionReq
         else:
             raise wrong(where, "expected text or tokens, at least one")
         asks.append(service.continue_text(ids, params, wanted, echo=bool(request.echo)))
+    streams = bool(request.stream)
+    at_once = 1 if streams else len(service.batcher.views)
+    service.will_say(asks, streams=streams, at_once=at_once, built=160, written=60)
     fields.forget(request)
     return request, asks

@@ -59,6 +59,8 @@ class Ask:
     """Makes the constraint of one choice; None for none."""
     grammars: tuple[Compiled, ...] = ()
     """The grammars of the constraint, which stay compiled."""
+    said_bytes: int = 0
+    """Bytes that the log-probabilities of its answer may take."""
     several_calls: bool = True
     """Whether the reply may have more than one call."""
     slot: int | None = None

@@ -42,6 +42,11 @@ logger = logging.getLogger(__name__)
 _LOOKED_AT = 4096  # characters at the end of a prompt that may be the beginning of the reply
 _NO_GRAMMAR = "cannot be kept to: this server was started with --no-grammar"
 _SURELY_LONG = 8  # characters per token; text has about four
+_SAID, _BUILT, _WRITTEN = (
+    120,
+    450,
+    200,
+)  # bytes of a token's log-probability: as it comes, as an object, as JSON
 _MOST_IGNORED, _LONGEST_NAME = (
     32,
     80,
@@ -412,6 +417,28 @@ class Service:
         if not ids and not may_be_empty:
             raise wrong(param, "expected some text, got none")
         return ids
+
+    def will_say(
+        self, asks: Sequence[Ask], *, streams: bool, at_once: int, built: int, written: int
+    ) -> None:
+        """Sets how many bytes log-probabilities take until the answer is sent; see `Ask.said_bytes`.
+
+        Args:
+            asks: those of one request.
+            streams: the answer is a stream, which holds those of the prompt alone.
+            at_once: how many replies run at a time.
+            built: bytes of a log-probability in the answer, which is made for one reply at a time.
+            written: its bytes as JSON, until the answer is sent.
+        """
+        for i, ask in enumerate(asks):
+            if ask.top is None:
+                continue
+            count, left = len(ask.ids) * ask.echo, max(self.context - len(ask.ids), 0)
+            if not streams:
+                most = ask.params.max_tokens
+                count += left if most < 0 else min(most, left)
+            each = _SAID * (i < at_once) + built * (i == 0) + (not streams) * written * ask.choices
+            ask.said_bytes = count * (ask.top + 1) * each
 
     def begin(self, ask: Ask, choice: int = 0, *, streams: bool = True) -> Reply:
         """Submits a choice to the engine.

@@ -38,5 +38,6 @@ def _bytes(value: object) -> int:
         elif isinstance(one, msgspec.Struct):
             left += [getattr(one, name) for name in one.__struct_fields__]
         elif dataclasses.is_dataclass(one):
+            total += getattr(one, "said_bytes", 0)
             left += [getattr(one, field.name) for field in dataclasses.fields(one)]
     return total

@@ -265,6 +265,32 @@ def test_what_a_request_keeps_has_its_memory_until_it_is_answered(server, read, 
     assert desk._held == desk._reads == 0
 
 
+@pytest.mark.parametrize("streams", [False, True])
+@pytest.mark.parametrize(
+    ("read", "path", "more"),
+    [
+        (openai.read_chat, "/v1/chat/completions", {**chat("x"), "logprobs": True, "top_logprobs": 20, "n": 2}),
+        (openai.read_completion, "/v1/completions", {"prompt": ["a " * 60] * 3, "echo": True, "logprobs": 20}),
+    ],
+)  # fmt: skip
+def test_log_probabilities_take_no_more_than_was_granted(server, read, path, more, streams):
+    body = {**more, "max_tokens": 50, "stream": streams, "ignore_eos": True}
+    asked, service = Asked(), server.service
+    service.desk.read(read, service, json.dumps(body).encode(), asked)
+    service.desk.release(asked.held)
+    httpx.post(server.url + path, json=body)  # what is made once
+    gc.collect()
+    tracemalloc.start()
+    try:
+        done = httpx.post(server.url + path, json=body, timeout=60)
+        peak = tracemalloc.get_traced_memory()[1] - 2 * len(done.content)  # the client's
+    finally:
+        tracemalloc.stop()
+    assert done.status_code == 200
+    assert peak < asked.held + MIB
+    assert streams or asked.held < 6 * peak
+
+
 def test_memory_comes_back_when_an_answer_ends(server, monkeypatch):
     desk, body, held = server.service.desk, chat("x" * 100, stream=True), []
     forward = Model.forward
