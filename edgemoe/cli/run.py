@@ -39,6 +39,10 @@ if TYPE_CHECKING:
 
 __all__ = ["main", "set_up_logging"]
 
+_SMALL_PROMPT = (
+    4 << 20
+)  # bytes that are read at any budget, as the model says more of what it needs
+
 
 def main(argv: Sequence[str] | None = None, *, prog: str = "edgemoe-run") -> int:
     """Runs the command.
@@ -122,7 +126,7 @@ def _run(args: Namespace, schema: object) -> int:
         (
             Engine(args.model, EngineOptions(**flags))
             if schema is None
-            else opened_beside(flags, args.model)
+            else opened_beside(flags, args.model, schema)
         ) as engine,
     ):
         _note_engine(engine, args, known)
@@ -282,7 +286,7 @@ def _prompt(args: Namespace) -> str | None:
 
     def lend(size: int) -> None:
         left = sys.maxsize if args.ram is None else args.ram - hardware.process_bytes()
-        if size > left:
+        if size > max(left, _SMALL_PROMPT):
             raise OutOfBudget(f"reading the prompt takes {size_text(size)}, more than --ram leaves")
 
     if args.prompt is None and args.file is None:

@@ -21,13 +21,15 @@ from edgemoe.text.calls import markers
 from edgemoe.text.replies import ReplyFormat
 from edgemoe.text.tokenizer import Tokenizer
 
-__all__ = ["Compiled", "Grammars", "grammar_bytes", "lost"]
+__all__ = ["Compiled", "Grammars", "grammar_bytes", "lost", "schema_bytes"]
 
 logger = logging.getLogger(__name__)
 
 _LARGEST = 256 << 10  # characters of a schema or grammar
 _PER_TOKEN = 600  # bytes of the masks for each token of the vocabulary
-_PER_CHARACTER = 96  # bytes of a compiled grammar for each of its characters; measured with schemas
+_PER_CHARACTER = (
+    112  # bytes of a compiled grammar for each of its characters; measured with schemas
+)
 _PER_GRAMMAR = 1 << 19  # and in any case
 _KEPT = 8 << 20  # bytes of compiled grammars that no reply uses
 _PER_STATE = 1 << 10  # bytes of a state of a lexer, which makes them as a reply goes on; measured
@@ -51,6 +53,11 @@ def grammar_bytes(vocab_size: int) -> int:
 def _compiled_bytes(grammar: str) -> int:
     """Returns about how many bytes a compiled grammar takes."""
     return _PER_GRAMMAR + _PER_CHARACTER * len(grammar)
+
+
+def schema_bytes(schema: object) -> int:
+    """Returns about how many bytes the compiled grammar of a schema takes beyond what `grammar_bytes` has for it."""
+    return max(_compiled_bytes(json.dumps(schema)) - _KEPT, 0)
 
 
 class Compiled:

@@ -15,9 +15,11 @@ import pytest
 from served import running
 from tiny import tiny_checkpoint
 
+import edgemoe
+from edgemoe.cli.form import keep_to
 from edgemoe.convert.convert import convert
 from edgemoe.serve.completions import ChatAnswer
-from edgemoe.serve.grammar import Grammars
+from edgemoe.serve.grammar import Grammars, schema_bytes
 from edgemoe.serve.problems import Problem
 from edgemoe.serve.reply import Ask
 from edgemoe.text.sampler import SamplingParams
@@ -270,7 +272,7 @@ def test_compiled_grammars_stay_within_their_memory(server):
     tokenizer, told = server.service.tokenizer, []
     grammars = Grammars(tokenizer, 264, [258], need=told.append, made=told.append)
     large = [grammars.choice("x", [str(i) * 30000]) for i in range(4)]
-    assert told == [(1 << 19) + 96 * len(large[0]), 600 * 264] + [told[0]] * 3
+    assert told == [(1 << 19) + 112 * len(large[0]), 600 * 264] + [told[0]] * 3
     assert sum(map(sys.getsizeof, grammars._last)) < 8 << 20
     assert [one.grammar for one in grammars._last] == large[:1:-1]
     kept = grammars.compiled(large[0])
@@ -293,3 +295,23 @@ def test_a_lexer_takes_no_more_than_there_is(server):
             for _ in range(5000):  # nearly every letter leads to another state
                 matcher.consume_token(draw.choice(both))
                 grammars.mask(matcher)
+
+
+def test_a_schema_on_the_command_line_has_the_memory_of_its_grammar_and_errors_of_one_line(
+    tiny_moe,
+):
+    schema = {
+        "type": "object",
+        "properties": {f"p{i}": {"pattern": f"^a{i}$"} for i in range(5000)},
+    }
+    with edgemoe.load(tiny_moe) as engine:
+        grammars = Grammars(engine.tokenizer, 264, [258])
+        assert schema_bytes({"type": "object"}) == 0
+        least = 112 * len(grammars.json_schema("x", schema))
+        assert schema_bytes(schema) + (8 << 20) == pytest.approx(least, rel=0.3)
+        chat = engine.chat(params=SamplingParams(max_tokens=9))
+        keep_to(engine, chat, {"type": "object"})
+        constraint = chat.constraint([1])
+        constraint.allowed()
+        with pytest.raises(ValueError, match="--json-schema: grammar: cannot be kept to"):
+            constraint.take(5)
