@@ -202,7 +202,7 @@ def traceback_lines(error: BaseException) -> list[str]:
     return "".join(traceback.format_exception(error)).splitlines()
 
 
-def decode_text(content: bytes, name: object) -> str:
+def decode_text(content: bytes | bytearray, name: object) -> str:
     """Returns a text that the user gave as bytes.
 
     Raises:

@@ -11,6 +11,9 @@ from edgemoe.cli.console import decode_text
 if TYPE_CHECKING:
     from typing import Any
 
+    import numpy as np
+    from numpy.typing import NDArray
+
     from edgemoe.runtime.chat import Chat
     from edgemoe.runtime.engine import Engine
     from edgemoe.runtime.requests import Constraint
@@ -46,16 +49,16 @@ def schema_of(given: str) -> object:
     return schema
 
 
-def opened_beside(options: dict[str, Any], model: str) -> Engine:
-    """Opens a model with room left, within the budget of its `options`, for token masks over its vocabulary."""
+def opened_beside(options: dict[str, Any], model: str, schema: object) -> Engine:
+    """Opens a model with room left, within the budget of its `options`, for a schema's masks over its vocabulary."""
     from edgemoe.errors import OutOfBudget
     from edgemoe.file.reader import open_moe
     from edgemoe.runtime.budget import default_ram
     from edgemoe.runtime.engine import Engine
     from edgemoe.runtime.options import EngineOptions
-    from edgemoe.serve.grammar import grammar_bytes
+    from edgemoe.serve.grammar import grammar_bytes, schema_bytes
 
-    masks = grammar_bytes(open_moe(model).config.vocab_size)
+    masks = grammar_bytes(open_moe(model).config.vocab_size) + schema_bytes(schema)
     ram = default_ram() if options["ram"] is None else options["ram"]
     try:
         return Engine(model, EngineOptions(**options | {"ram": max(ram - masks, 1)}))
@@ -75,12 +78,26 @@ def keep_to(engine: Engine, chat: Chat, schema: object) -> None:
     from edgemoe.serve.reply_grammar import channels
     from edgemoe.text.replies import reply_format
 
+    class Told(Guide):
+        def allowed(self) -> NDArray[np.int32] | None:
+            try:
+                return super().allowed()
+            except Problem as problem:
+                raise ValueError(f"--json-schema: {problem.message}") from None
+
+        def take(self, token: int) -> bool:
+            try:
+                return super().take(token)
+            except Problem as problem:
+                raise ValueError(f"--json-schema: {problem.message}") from None
+
     tokenizer = engine.tokenizer
     if tokenizer is None:
         raise ValueError("--json-schema: the model has no tokenizer")
     grammars = Grammars(
-        tokenizer, engine.config.vocab_size, sorted({*engine.config.eos_ids, *tokenizer.eos_ids})
-    )
+        tokenizer, engine.config.vocab_size, sorted({*engine.config.eos_ids, *tokenizer.eos_ids}),
+        spare=engine.model.room.spare, made=engine.model.room.take_in,
+    )  # fmt: skip
     try:
         grammar = grammars.json_schema("--json-schema", schema)
     except Problem as problem:
@@ -88,12 +105,13 @@ def keep_to(engine: Engine, chat: Chat, schema: object) -> None:
     form, _ = reply_format(tokenizer.chat_template)
     if form.is_channelled:
         grammar = channels(grammars, [], grammar, must=False)
+    compiled = grammars.compiled(grammar)  # once, for all replies
     words = form.reasoning if form.reasoning and not form.is_channelled else ("", "")
     first, last = (tokenizer.token_id(word) if word else None for word in words)
 
     def constraint(ids: list[int]) -> Constraint:
         end = ids[-4:]  # the words with which a template opens the reply
         is_reasoning = first in end and last not in end and last is not None
-        return Guide(grammars, grammar, is_reasoning=is_reasoning, reasoning=(first, last))
+        return Told(grammars, compiled.grammar, is_reasoning=is_reasoning, reasoning=(first, last))
 
     chat.constraint = constraint

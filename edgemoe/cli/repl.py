@@ -232,7 +232,7 @@ class _Session:
     def _read(self, rest: str) -> None:
         path = _path("/read", rest)
         with open(path, "rb") as file:
-            self.say(read_text(file, str(path)))
+            self.say(read_text(file, str(path), lend=self._engine.lend))
 
     def _set(self, rest: str) -> None:
         params = self._chat.params

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +28,7 @@ from edgemoe.cli.options import run_parser, unknown_variables
 from edgemoe.cli.prompt import read_text
 from edgemoe.cli.reasoning import apart, set_reasoning
 from edgemoe.cli.scheduling import options_text, read_settings
+from edgemoe.errors import OutOfBudget, size_text
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -37,6 +38,10 @@ if TYPE_CHECKING:
     from edgemoe.text.sampler import SamplingParams
 
 __all__ = ["main", "set_up_logging"]
+
+_SMALL_PROMPT = (
+    4 << 20
+)  # bytes that are read at any budget, as the model says more of what it needs
 
 
 def main(argv: Sequence[str] | None = None, *, prog: str = "edgemoe-run") -> int:
@@ -121,7 +126,7 @@ def _run(args: Namespace, schema: object) -> int:
         (
             Engine(args.model, EngineOptions(**flags))
             if schema is None
-            else opened_beside(flags, args.model)
+            else opened_beside(flags, args.model, schema)
         ) as engine,
     ):
         _note_engine(engine, args, known)
@@ -277,21 +282,29 @@ def _prompt(args: Namespace) -> str | None:
     Standard input is read only where no flag gives a prompt: it may be that of a shell's loop, or a pipe that nobody
     closes.
     """
+    from edgemoe import hardware
+
+    def lend(size: int) -> None:
+        left = sys.maxsize if args.ram is None else args.ram - hardware.process_bytes()
+        if size > max(left, _SMALL_PROMPT):
+            raise OutOfBudget(f"reading the prompt takes {size_text(size)}, more than --ram leaves")
+
     if args.prompt is None and args.file is None:
-        return None if is_terminal(sys.stdin) else _piped()
+        return None if is_terminal(sys.stdin) else _piped(lend)
     parts = []
     if args.prompt is not None:
         parts.append(_not_empty(args.prompt, "-p"))
     if args.file == "-":
-        parts.append(_piped())
+        parts.append(_piped(lend))
     elif args.file is not None:
         with open(args.file, "rb") as file:
-            parts.append(_not_empty(read_text(file, args.file), args.file))
+            parts.append(_not_empty(read_text(file, args.file, lend=lend), args.file))
     return "\n".join(parts)
 
 
-def _piped() -> str:
-    return _not_empty("" if sys.stdin is None else read_text(sys.stdin.buffer, "stdin"), "stdin")
+def _piped(lend: Callable[[int], None]) -> str:
+    text = "" if sys.stdin is None else read_text(sys.stdin.buffer, "stdin", lend=lend)
+    return _not_empty(text, "stdin")
 
 
 def _not_empty(text: str, where: str) -> str:

@@ -137,7 +137,9 @@ def _run(args: Namespace, settings: Settings) -> int:
             note(f"# {known}")
         if args.cache_ram > model.room.spare:
             left = size_text(max(model.room.spare, 0))
-            note(f"# --cache-ram: {left} at most, as one expert and full contexts need the rest")
+            note(
+                f"# --cache-ram: {left} for certain, as one expert and full contexts may need the rest"
+            )
         if args.warm:
             note(f"# warm: {model.warm() / 2**20:.0f} MiB of experts")
         sampling = dataclasses.replace(opened.text.sampling, **sampling_flags(args))

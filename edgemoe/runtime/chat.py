@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import sys
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, Protocol
@@ -26,6 +27,7 @@ __all__ = ["Chat", "Message", "TextEngine", "TooLong", "saved_messages"]
 Message = dict[str, str]
 """{"role": "system" | "user" | "assistant", "content": text}, and "reasoning_content" where an assistant reasoned."""
 
+_WRITTEN = 24  # bytes that a character takes while it is written as JSON, in two pieces
 _LARGEST_CHAT = 64 << 20  # bytes of a saved conversation
 
 _ROLES = ("system", "user", "assistant")
@@ -299,18 +301,21 @@ class Chat:
             TooLong: it does not fit the context.
             OutOfBudget: there is no memory for it.
         """
+        own = 2 * sum(sys.getsizeof(m["content"]) for m in messages)  # and joined
+        self._engine.lend(own)
         text = "".join(m["content"] for m in messages)
-        self._check_length(text)
+        self._check_length(text, own)
         if not self._is_raw:
             from edgemoe.text.jinja.meter import Meter  # with Jinja, which raw chats need not load
 
             # All that the template sees, reasoning too; what is no JSON is the template's to refuse.
+            self._engine.lend(own + _WRITTEN * len(text))
             given = len(json.dumps([messages, self.variables], default=str))
             most = most_characters(given, self._engine.context)
-            self._engine.lend(Meter.most_bytes(given))
+            self._engine.lend(own + Meter.most_bytes(given))
             text = self._tokenizer.render_chat(messages, most_characters=most, **self.variables)
-            self._check_length(text)
-        self._engine.lend(Tokenizer.most_bytes(text))
+            self._check_length(text, own)
+        self._engine.lend(own + Tokenizer.most_bytes(text))
         ids = self._tokenizer.encode(text, add_special=self._is_raw)
         if not ids:
             raise ValueError("say: expected some text, got none")
@@ -321,13 +326,18 @@ class Chat:
             )
         return ids, text
 
-    def _check_length(self, text: str) -> None:
-        """Refuses a text that is far too long before it is tokenized, as that takes many times the text's memory."""
+    def _check_length(self, text: str, beside: int) -> None:
+        """Refuses a text that is far too long before it is tokenized, as that takes many times the text's memory.
+
+        Args:
+            text: the text.
+            beside: bytes of what is in memory of the conversation.
+        """
         context = self._engine.context
         few = beginning(text, context)
         if len(few) == len(text):
             return
-        self._engine.lend(Tokenizer.most_bytes(few))
+        self._engine.lend(beside + Tokenizer.most_bytes(few))
         if len(self._tokenizer.encode(few)) >= context:
             raise TooLong(
                 f"say: the conversation is too long for the context; expected less than "

@@ -26,6 +26,10 @@ _NOISE = 1 << 19
 """What the process may have grown by before it is worth a measurement, in bytes; a part of `Budget.slack`."""
 
 
+_TRIMMED = 8 << 20
+"""What it may have grown by before memory that was freed is given back to the system, in bytes."""
+
+
 class Room:
     """The size of the expert slots, which is adjusted before each pass.
 
@@ -51,7 +55,8 @@ class Room:
         self._tokens = 0  # of the largest pass so far
         self._singles = 0  # decoding passes so far
         self._is_lent = False
-        self._beside = self._borrowed = 0
+        self._beside = self._borrowed = self._late = 0
+        self._ram = budget.ram
         self.is_resting = False
         """Whether the slots' memory was given back to the system, until the next pass."""
         self._base = budget.fixed - budget.kv - budget.chunk * budget.row
@@ -85,7 +90,9 @@ class Room:
         tokens = len(batch)
         self._singles += batch.is_decoding
         is_warm = self._is_measured and self._singles > _WARM_TOKENS
-        is_due = is_warm and time.perf_counter() >= self._next_s
+        is_due = is_warm and (
+            time.perf_counter() >= self._next_s or (self._late > 0 and not self._borrowed)
+        )
         grown = [s for s in batch.slices if s.state.length + s.count > s.state.reach]
         if not (is_due or grown or tokens > self._tokens or self._is_lent):
             return
@@ -95,6 +102,8 @@ class Room:
         self._is_lent = False
         if is_due:
             self._measure(taken)
+            if not self._borrowed:
+                self._ram, self._late = self._ram + self._late, 0
         for part in grown:
             self._reach(part.state, part.state.length + part.count)
         self._tokens = max(tokens, self._tokens)
@@ -126,6 +135,7 @@ class Room:
             return
         taken = self._counted()
         if beyond > self._spare(taken) and is_grown:
+            hardware.trim()  # what others took and gave back is there too
             self._measure(taken + self._borrowed)
         spare = self._spare(self._reserved() if self._is_steady else taken)
         if beyond > spare:
@@ -155,6 +165,13 @@ class Room:
         elif not self.is_resting and not self._is_steady:
             self._resize(self._left())
         return 0
+
+    def take_in(self, size: int) -> None:
+        """Adds `size` bytes to the budget, which were reserved beside it and are in use, and will stay so.
+
+        They count from the next measurement on, as that counts what they are used for.
+        """
+        self._late += size
 
     def rest(self) -> None:
         """Gives the slots' memory back to the system, except for one expert; the next pass takes it again."""
@@ -190,12 +207,12 @@ class Room:
         """Returns the bytes that are left, beside `taken`, when the slots have given up all that they can."""
         budget = self._budget
         least = self._size if self._is_steady else budget.expert
-        return budget.ram - self._base - taken - self._borrowed - least
+        return self._ram - self._base - taken - self._borrowed - least
 
     def _left(self, beside: int = 0) -> int:
         """Returns the bytes that are left for slots when everything that is counted, and `beside` bytes, are taken."""
         budget = self._budget
-        left = budget.ram - self._base - self._counted() - beside - self._borrowed
+        left = self._ram - self._base - self._counted() - beside - self._borrowed
         return min(max(left, budget.expert), budget.experts)
 
     def _counted(self) -> int:
@@ -207,6 +224,9 @@ class Room:
         """Measures what everything takes but the slots and `taken` bytes, and may take before the next measurement."""
         start = time.perf_counter()
         base = self._taken(hardware.exact_process_bytes()) - taken
+        if base > self._base + _TRIMMED:
+            hardware.trim()
+            base = self._taken(hardware.exact_process_bytes()) - taken
         now = time.perf_counter()
         self._next_s = now + (now - start) / _SHARE
         # How much of what is borrowed is in use is not known: until it comes back, only growth is certain.

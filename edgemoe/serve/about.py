@@ -26,6 +26,7 @@ __all__ = [
 ]  # fmt: skip
 
 _TOKEN_BYTES = 256  # that decoding may take for each token
+_PIECE_BYTES = 512  # that a token with its text takes, as an object and as JSON
 
 
 def root(service: Service, request: Request) -> Response:
@@ -178,6 +179,7 @@ def tokenize(service: Service, body: bytes) -> dict[str, Any]:
     ids = encoded(service, said.content, "content", add_special=special, may_be_empty=True)
     if not said.with_pieces:
         return {"tokens": ids}
+    service.desk.need(_PIECE_BYTES * len(ids))
     return {"tokens": [{"id": i, "piece": service.tokenizer.token_text(i)} for i in ids]}
 
 

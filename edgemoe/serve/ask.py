@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from edgemoe.runtime.requests import Constraint
+from edgemoe.serve.grammar import Compiled
 from edgemoe.text.replies import Schemas
 from edgemoe.text.sampler import SamplingParams
 
@@ -82,6 +83,10 @@ class Ask:
     """Whether a grammar makes the reply a call."""
     constraint: Callable[[], Constraint | None] = lambda: None
     """Makes the constraint of one choice; None for none."""
+    grammars: tuple[Compiled, ...] = ()
+    """The grammars of the constraint, which stay compiled."""
+    said_bytes: int = 0
+    """Bytes that the log-probabilities of its answer may take."""
     several_calls: bool = True
     """Whether the reply may have more than one call."""
     slot: int | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
@@ -10,6 +11,7 @@ from starlette.requests import Request
 
 from edgemoe.errors import size_text
 from edgemoe.serve import connections
+from edgemoe.serve.log import asked_now
 from edgemoe.serve.problems import Problem
 from edgemoe.serve.service import Service
 
@@ -21,14 +23,16 @@ _LARGEST_BODY = 16 << 20
 
 
 async def body_of(
-    request: Request, *, most: int, grow: Callable[[int], Awaitable[None]] | None = None
-) -> bytes:
+    request: Request, *, most: int, grow: Callable[[int], Awaitable[None]] | None = None,
+    into: bytearray | None = None,
+) -> bytes:  # fmt: skip
     """Returns a request's body.
 
     Args:
         request: the request.
         most: the most bytes.
         grow: makes room for so many bytes more, when they are about to come.
+        into: where the body is stored, also as much of it as has come before an error.
 
     Raises:
         Problem: it is larger than `most` bytes, or no part of it came for `connections.PATIENCE` seconds.
@@ -37,7 +41,8 @@ async def body_of(
     said = request.headers.get("content-length", "")
     if said.isdecimal() and int(said) > most:  # without waiting for any of it
         raise too_large
-    body, room, whole = bytearray(), 0, int(said) if said.isdecimal() else most
+    body = bytearray() if into is None else into
+    room, whole = 0, int(said) if said.isdecimal() else most
     stream = request.stream()
     while True:
         try:
@@ -65,13 +70,15 @@ async def read_body(service: Service, request: Request, read: Callable[[Service,
         await desk.hold(size, of=held + size)
         held += size
 
-    body = b""
+    body = bytearray()
     try:
-        body = await body_of(request, most=_LARGEST_BODY, grow=grow)
+        whole = await body_of(request, most=_LARGEST_BODY, grow=grow, into=body)
         desk.release(held - len(body))
         held = len(body)
         async with desk.line:
-            return await asyncio.to_thread(desk.read, read, service, body)
+            return await asyncio.to_thread(desk.read, read, service, whole, asked_now.get())
     finally:
-        del body  # before its memory is given back
+        # Its memory is given back: errors refer to it, and asyncio's cycles keep them for a while.
+        with contextlib.suppress(BufferError):
+            body.clear()
         desk.release(held)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -12,7 +13,9 @@ from typing import TYPE_CHECKING, TypeVar
 from edgemoe import hardware
 from edgemoe.runtime.batching import Batcher
 from edgemoe.runtime.room import Room
+from edgemoe.serve.log import Asked
 from edgemoe.serve.problems import Problem
+from edgemoe.serve.sizes import kept_bytes
 
 if TYPE_CHECKING:
     from edgemoe.serve.service import Service
@@ -26,9 +29,11 @@ _READ = 13 << 20  # and for the request that is read: the 12 MiB of a template, 
 AT_HAND = _HELD + _READ
 """Bytes of the budget that are always there for requests. For what takes more, experts make room, once the pass that
 runs has ended."""
-_PER_BYTE = 4  # that texts take for each byte of a body, as they are decoded and joined
 _PER_VALUE = 72  # that a decoded value and its place in a list or an object take; measured
 _BETWEEN = b",:[{"  # in JSON, no value comes without one of these before it
+# A character beyond these makes all others of its text as wide: 4 bytes each, or 2.
+_WIDEST = re.compile(rb"[\xf0-\xff]|\\u[dD][89abAB]")
+_WIDE = re.compile(rb"[\x80-\xff]|\\u")
 _RETRY_AFTER = 5  # seconds
 
 
@@ -74,8 +79,13 @@ class Desk:
         """Gives back what `hold` has made room for."""
         self._give_back(size, 0)
 
-    def read(self, read: Callable[[Service, bytes], _T], service: Service, body: bytes) -> _T:
+    def read(
+        self, read: Callable[[Service, bytes], _T], service: Service, body: bytes,
+        asked: Asked | None = None,
+    ) -> _T:  # fmt: skip
         """Returns what `read` returns. It decodes the body, and calls `need` for whatever else takes memory.
+
+        What it returns has its memory until `asked.held` is released.
 
         Raises:
             Problem: `read` raises it, or there is not enough memory.
@@ -83,8 +93,13 @@ class Desk:
         with self._turn:
             try:
                 self._body = len(body)
-                self._more(_PER_BYTE * len(body) + _PER_VALUE * sum(map(body.count, _BETWEEN)))
-                return read(service, body)
+                self._more(_text_bytes(body) + _PER_VALUE * sum(map(body.count, _BETWEEN)))
+                found = read(service, body)
+                if asked is not None:
+                    kept = kept_bytes(found)
+                    self._more(-self._reads, held=kept)
+                    asked.held += kept
+                return found
             finally:
                 self._beside = 0
                 self._give_back(0, self._reads)
@@ -99,9 +114,9 @@ class Desk:
             self._more(size - self._beside)
             self._beside = size
 
-    def _more(self, size: int) -> None:
+    def _more(self, size: int, *, held: int = 0) -> None:
         try:
-            missing = self._take(0, size).result()
+            missing = self._take(held, size).result()
         except RuntimeError as error:  # the engine has ended
             raise Problem(503, str(error)) from None
         _check(missing, max(self._held - _HELD, 0) - max(self._body - _HELD, 0))
@@ -153,11 +168,24 @@ class Desk:
             self.release(size)
 
 
+def _text_bytes(body: bytes) -> int:
+    """Returns the most bytes that the texts in a body of JSON take while they are decoded, joined and written again.
+
+    Texts are joined twice, parts and messages. The longest is then written as JSON, in two pieces at a time.
+    """
+    if _WIDEST.search(body):  # 4 bytes for each character of a text, however few are so wide
+        return 14 * len(body)
+    if _WIDE.search(body):
+        return 9 * len(body)
+    return 5 * len(body)
+
+
 def _check(missing: int, others: int) -> None:
     """Refuses a request that misses so many bytes, where other requests have borrowed `others`."""
     if missing > max(others, 0):
         raise Problem(
-            413, f"body: reading it takes {-(-missing >> 20)} MiB more memory than --ram leaves"
+            413,
+            f"body: reading and answering it takes {-(-missing >> 20)} MiB more memory than --ram leaves",
         )
     if missing:
         text = "body: other requests take the memory that reading it takes"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import msgspec
@@ -202,17 +202,19 @@ class ResponsesRequest(msgspec.Struct, kw_only=True):
     seed: int | None = None
 
 
-_READ_ONCE = (
-    "messages", "system", "prompt", "input", "chat_template_kwargs", "logit_bias", "grammar", "json_schema",
-    "guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs", "response_format",
-)  # fmt: skip
-"""Fields that may be large, and that nothing needs once a request is read."""
+_ANSWERED = ("stream", "stream_options", "timings_per_token", "return_progress")
+"""Fields that say how a request is answered."""
 
 
-def forget(request: msgspec.Struct) -> None:
-    """Drops what only the reading of a request needs, as memory for it is reserved only until it is read."""
-    for name in _READ_ONCE:
-        if hasattr(request, name):
+def forget(request: msgspec.Struct, *, but: Collection[str] = ()) -> None:
+    """Drops what only the reading of a request needs, as it may be large.
+
+    Args:
+        request: is not checked any more: required fields are None afterwards.
+        but: the fields that the answer repeats.
+    """
+    for name in request.__struct_fields__:
+        if name not in _ANSWERED and name not in but:
             setattr(request, name, None)
 
 

@@ -25,6 +25,8 @@ class Asked:
     """Whether it will be logged when its reply ends, and so need not be when it fails."""
     status: int = 0
     """The status of an answer that is an error."""
+    held: int = 0
+    """Bytes that it has of the budget until its answer has ended; see `Desk.read`."""
     entries: list[dict[str, Any]] = field(default_factory=list)
     """What the log has of its replies."""
 

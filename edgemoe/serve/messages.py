@@ -40,7 +40,6 @@ def read_messages(service: Service, body: bytes) -> tuple[fields.MessagesRequest
         ignored=ignored, adapter=service.adapter(request.model),
     )  # fmt: skip
     ask = converse(service, _talk(request, wanted), wanted)
-    request.tools = None
     fields.forget(request)
     return request, ask
 

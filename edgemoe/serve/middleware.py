@@ -50,7 +50,10 @@ class Door:
             await problem_response(problem, asked.route)(scope, receive, counted)
             return
         asked_now.set(asked)
-        await self._app(scope, receive, counted)
+        try:
+            await self._app(scope, receive, counted)
+        finally:
+            self._service.desk.release(asked.held)
 
 
 _HEADERS = (

@@ -7,11 +7,12 @@ from typing import Any
 
 from edgemoe.serve import fields
 from edgemoe.serve.ask import Ask, Wanted
-from edgemoe.serve.preparing import continue_text, converse, encoded, sampled
+from edgemoe.serve.preparing import continue_text, converse, encoded, sampled, will_say
 from edgemoe.serve.problems import wrong
 from edgemoe.serve.prompts import Conversation
 from edgemoe.serve.service import Service
 from edgemoe.serve.settings import seconds
+from edgemoe.serve.sizes import kept_bytes
 
 __all__ = ["read_chat", "read_completion", "thinking", "tool_choice"]
 
@@ -22,6 +23,8 @@ _SAMPLING = (
 
 _STREAMED = ("stream_options", "return_progress", "timings_per_token")
 """Fields that only change a stream."""
+_MOST_PROMPTS = 4096
+_STEP = 1 << 20  # bytes
 
 _STRUCTURED: Mapping[str, tuple[type, ...]] = {
     "json": (dict, str), "regex": (str,), "choice": (list,), "grammar": (str,),
@@ -161,7 +164,7 @@ def read_chat(service: Service, body: bytes) -> tuple[fields.ChatRequest, Ask]:
         if tool.function is not None and tool.function.strict
     ]
     ask = converse(service, Conversation(request.messages, tools), wanted)
-    request.tools = None
+    will_say(service, [ask], streams=bool(request.stream), at_once=1, built=450, written=200)
     fields.forget(request)
     return request, ask
 
@@ -180,11 +183,16 @@ def read_completion(service: Service, body: bytes) -> tuple[fields.CompletionReq
     params = sampled(service, wanted.sampling)
     prompt: Any = request.prompt
     many = isinstance(prompt, list) and prompt and not all(isinstance(i, int) for i in prompt)
-    asks = []
+    if many and len(prompt) > _MOST_PROMPTS:
+        raise wrong("prompt", f"expected at most {_MOST_PROMPTS}, got {len(prompt)}")
+    asks: list[Ask] = []
+    kept = 0
     for i, one in enumerate(prompt if many else [prompt]):
         where = f"prompt[{i}]" if many else "prompt"
         if isinstance(one, str):
-            ids = encoded(service, one, where, add_special=True)
+            # In steps, as each may wait for the pass that runs.
+            ids = encoded(service, one, where, add_special=True, beside=kept & ~(_STEP - 1))
+            kept += kept_bytes(ids)
         elif isinstance(one, list) and one and all(type(t) is int for t in one):
             size = service.model.config.vocab_size
             if not all(0 <= t < size for t in one):
@@ -193,5 +201,8 @@ def read_completion(service: Service, body: bytes) -> tuple[fields.CompletionReq
         else:
             raise wrong(where, "expected text or tokens, at least one")
         asks.append(continue_text(service, ids, params, wanted, echo=bool(request.echo)))
+    streams = bool(request.stream)
+    at_once = 1 if streams else len(service.batcher.views)
+    will_say(service, asks, streams=streams, at_once=at_once, built=160, written=60)
     fields.forget(request)
     return request, asks

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from edgemoe.runtime.requests import Constraint
 from edgemoe.serve.ask import Ask, Wanted
 from edgemoe.serve.guide import Guide
 from edgemoe.serve.problems import Problem, too_long, wrong
@@ -19,10 +18,11 @@ from edgemoe.text.lengths import beginning, most_characters
 from edgemoe.text.sampler import SamplingParams
 from edgemoe.text.tokenizer import Tokenizer
 
-__all__ = ["continue_text", "converse", "encoded", "rendered", "sampled"]
+__all__ = ["continue_text", "converse", "encoded", "rendered", "sampled", "will_say"]
 
 _LOOKED_AT = 4096  # characters at the end of a prompt that may be the beginning of the reply
 _NO_GRAMMAR = "cannot be kept to: this server was started with --no-grammar"
+_SAID = 120  # bytes of a token's log-probability as it comes
 
 
 def converse(service: Service, talk: Conversation, wanted: Wanted) -> Ask:
@@ -61,9 +61,7 @@ def converse(service: Service, talk: Conversation, wanted: Wanted) -> Ask:
         if wanted.most_reasoning is None
         else wanted.most_reasoning
     )
-    ask.constraint = _constraint(
-        service, wanted, tools, is_reasoning, 0 if thinks is False else most
-    )
+    _constrain(service, ask, wanted, tools, is_reasoning, 0 if thinks is False else most)
     return ask
 
 
@@ -89,7 +87,8 @@ def continue_text(
         ignored=wanted.ignored, slot=wanted.slot, reuses=wanted.reuses, keep_alive=wanted.keep_alive,
         adapter=wanted.adapter,
     )  # fmt: skip
-    if grammar is not None:
+    if grammar is not None and grammars is not None:
+        ask.grammars = (grammars.compiled(grammar),)
         ask.constraint = lambda: Guide(grammars, grammar)
     return ask
 
@@ -120,9 +119,9 @@ def rendered(
     Raises:
         Problem: the template refuses it, or it takes too much memory.
     """
-    said = "".join(map(json.dumps, (talk.messages, talk.tools, variables)))
-    given = len(said)
-    few = Tokenizer.most_bytes(beginning(said, service.context))  # tokenizing comes next
+    # One after another, as it takes their memory twice.
+    given = sum(len(json.dumps(part)) for part in (*talk.messages, *talk.tools, variables))
+    few = Tokenizer.most_bytes(beginning(" " * given, service.context))  # tokenizing comes next
     service.desk.need(max(Meter.most_bytes(given), few))
     return render(
         service.tokenizer, talk, service.form, variables=variables, notes=notes,
@@ -131,9 +130,18 @@ def rendered(
 
 
 def encoded(
-    service: Service, text: str, param: str, *, add_special: bool, may_be_empty: bool = False
-) -> list[int]:
+    service: Service, text: str, param: str, *, add_special: bool, may_be_empty: bool = False,
+    beside: int = 0,
+) -> list[int]:  # fmt: skip
     """Returns the tokens of a prompt.
+
+    Args:
+        service: the server's model.
+        text: the prompt.
+        param: the field that it comes from, for errors.
+        add_special: add the tokens that the model expects around a text.
+        may_be_empty: a text without tokens is no error.
+        beside: bytes that the request's earlier prompts take.
 
     Raises:
         Problem: the text is not valid Unicode, has no tokens and must have some, is too long for the context, or
@@ -141,10 +149,10 @@ def encoded(
     """
     few = beginning(text, service.context)
     try:
-        service.desk.need(Tokenizer.most_bytes(few))
+        service.desk.need(beside + Tokenizer.most_bytes(few))
         if len(few) < len(text) and len(service.tokenizer.encode(few)) >= service.context:
             raise too_long(param, len(text) * service.context // len(few), service.context)
-        service.desk.need(Tokenizer.most_bytes(text))
+        service.desk.need(beside + Tokenizer.most_bytes(text))
         ids = service.tokenizer.encode(text, add_special=add_special)
     except ValueError as error:
         raise wrong(param, str(error)) from None
@@ -153,17 +161,43 @@ def encoded(
     return ids
 
 
-def _constraint(
+def will_say(
+    service: Service, asks: Sequence[Ask], *, streams: bool, at_once: int, built: int, written: int
+) -> None:
+    """Sets how many bytes log-probabilities take until the answer is sent; see `Ask.said_bytes`.
+
+    Args:
+        service: the server's model.
+        asks: those of one request.
+        streams: the answer is a stream, which holds those of the prompt alone.
+        at_once: how many replies run at a time.
+        built: bytes of a log-probability in the answer, which is made for one reply at a time.
+        written: its bytes as JSON, until the answer is sent.
+    """
+    for i, ask in enumerate(asks):
+        if ask.top is None:
+            continue
+        count, left = len(ask.ids) * ask.echo, max(service.context - len(ask.ids), 0)
+        if not streams:
+            most = ask.params.max_tokens
+            count += left if most < 0 else min(most, left)
+        each = _SAID * (i < at_once) + built * (i == 0) + (not streams) * written * ask.choices
+        ask.said_bytes = count * (ask.top + 1) * each
+
+
+def _constrain(
     service: Service,
+    ask: Ask,
     wanted: Wanted,
     tools: Sequence[Mapping[str, Any]],
     is_reasoning: bool,
     most: int,
-) -> Callable[[], Constraint | None]:
-    """Returns a function that makes the constraint of a choice, or None if nothing is constrained.
+) -> None:
+    """Sets what makes the constraint of each choice, if anything is constrained.
 
     Args:
         service: the server's model.
+        ask: the request.
         wanted: what the request wants.
         tools: those that may be called.
         is_reasoning: the prompt has opened the reasoning already.
@@ -201,8 +235,11 @@ def _constraint(
     if wanted.most_reasoning is not None and service.can_reason and not is_limited:
         wanted.ignored.append("thinking.budget_tokens")
     if grammar is None and not lazy and not has_limit:
-        return lambda: None
-    return lambda: Guide(
+        return
+    if grammars is not None:
+        needed = [*lazy.values(), *([] if grammar is None else [grammar])]
+        ask.grammars = tuple(map(grammars.compiled, needed))
+    ask.constraint = lambda: Guide(
         grammars, grammar, is_reasoning=is_reasoning, reasoning=marks, most_reasoning=most,
         lazy=lazy, several=several,
     )  # fmt: skip

@@ -23,6 +23,9 @@ from edgemoe.text.calls import ToolCall
 
 __all__ = ["ResponsesAnswer", "read_responses"]
 
+_REPEATED = ("instructions", "max_output_tokens", "reasoning", "text", "tool_choice", "tools")
+"""Fields that a response repeats."""
+
 
 def read_responses(service: Service, body: bytes) -> tuple[fields.ResponsesRequest, Ask]:
     """Reads a request, and renders and tokenizes its prompt, which takes a while for a long one.
@@ -65,7 +68,7 @@ def read_responses(service: Service, body: bytes) -> tuple[fields.ResponsesReque
     else:
         messages += _messages(request.input)
     ask = converse(service, Conversation(messages, tools), wanted)
-    fields.forget(request)  # the response repeats its tools
+    fields.forget(request, but=_REPEATED)
     return request, ask
 
 

@@ -79,7 +79,14 @@ class Service:
         self.figures, self.log = ServerFigures(), RequestLog()
         eos = opened.text.eos_ids
         self.grammars = (
-            Grammars(tokenizer, self.model.config.vocab_size, sorted(eos))
+            Grammars(
+                tokenizer,
+                self.model.config.vocab_size,
+                sorted(eos),
+                spare=self.model.room.spare // self.model.options.sequences,
+                need=lambda size: self.desk.need(size),
+                made=self.model.room.take_in,
+            )
             if settings.has_grammar
             else None
         )

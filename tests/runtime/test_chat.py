@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import tracemalloc
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from tiny import CHATML, tiny_checkpoint
 
 import edgemoe
+from edgemoe.cli.prompt import read_text
 from edgemoe.convert.convert import convert
 from edgemoe.errors import FormatError, ReadError
 from edgemoe.runtime.chat import Chat, TooLong
@@ -207,8 +210,8 @@ def test_room_is_made_for_tokenizing(
     text = "é" * 20_000
     with pytest.raises(ValueError, match="too long for the context"):
         list(Chat(engine, raw=raw).say(text))
-    assert lent[0] >= Tokenizer.most_bytes(text[: 8 * engine.context])
-    assert len(lent) == 1
+    assert lent[1] >= Tokenizer.most_bytes(text[: 8 * engine.context])
+    assert len(lent) == 2
 
 
 def test_a_reply_ends_where_the_context_does(engine: edgemoe.Engine) -> None:
@@ -394,3 +397,36 @@ def test_an_error_of_saving_names_the_file(chat: Chat, tmp_path: Path, name: str
         chat.save(tmp_path / name)
     assert caught.value.filename == str(tmp_path / name)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "text", ["a", "\u00e4", "\u4e2d", "\U0001f600", "a" * 99 + "\U0001f600"], ids=ascii
+)
+@pytest.mark.parametrize("size", [1 << 10, 1 << 20])
+def test_what_is_said_takes_no_more_than_was_lent(engine, chat, monkeypatch, tmp_path, text, size):
+    path = tmp_path / "said.txt"
+    path.write_text(text * (size // len(text.encode())) + "\n", encoding="utf-8")
+    chat.instruct("short")
+    list(chat.say("x"))  # what is made once
+    chat.reset()
+    tracemalloc.start()
+    try:
+        lent = []
+        monkeypatch.setattr(engine, "lend", lambda size: lent.append((size, *traced())))
+        with path.open("rb") as file:
+            said = read_text(file, "said.txt", lend=engine.lend)
+        with pytest.raises(TooLong):
+            list(chat.say(said))
+        engine.lend(0)
+    finally:
+        tracemalloc.stop()
+    first = lent[0][1]
+    for (size, _, _), (_, _, peak) in pairwise(lent[1:]):
+        assert peak - first <= size + (64 << 10)
+
+
+def traced():
+    """Returns what is allocated, and its peak since the last call."""
+    found = tracemalloc.get_traced_memory()
+    tracemalloc.reset_peak()
+    return found

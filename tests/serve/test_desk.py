@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import json
 import re
 import subprocess
 import sys
 import threading
+import time
+import tracemalloc
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,9 +22,12 @@ from served import running, started
 
 from edgemoe import hardware
 from edgemoe.runtime.batching import Batcher
+from edgemoe.runtime.model import Model
 from edgemoe.runtime.opening import open_model
 from edgemoe.runtime.options import EngineOptions
-from edgemoe.serve.desk import Desk
+from edgemoe.serve import about, app, openai, responses
+from edgemoe.serve.desk import Desk, _text_bytes
+from edgemoe.serve.log import Asked
 from edgemoe.serve.problems import Problem
 
 MIB = 1 << 20
@@ -91,7 +97,7 @@ def test_more_memory_for_prefixes_than_is_left_is_said(tiny_moe):
         process.kill()
         process.stderr.close()
         process.wait()
-        pattern = r"# --cache-ram: 1\.[6-9]\d* GiB at most, as one expert and full contexts need the rest\n"
+        pattern = r"# --cache-ram: 1\.[6-9]\d* GiB for certain, as one expert and full contexts may need the rest\n"
         assert sum(bool(re.fullmatch(pattern, line)) for line in said) == count, said
 
 
@@ -201,6 +207,121 @@ def test_one_that_gives_up_takes_nothing_from_one_that_asked_for_as_much(batcher
         assert desk._held == 40 * MIB
 
     asyncio.run(held())
+
+
+TEXTS = (
+    "a",
+    "\x01",
+    "\u00e4",
+    "\u0434",
+    "\u4e2d",
+    "\U0001f600",
+    "a" * 1000 + "\U0001f600",
+    "a\u4e2d",
+)
+
+
+@pytest.mark.parametrize("is_escaped", [False, True])
+@pytest.mark.parametrize("text", TEXTS, ids=ascii)
+def test_texts_take_no_more_than_is_granted_to_read_them(tiny_moe, text, is_escaped, monkeypatch):
+    part = {"type": "text", "text": text * (2 * MIB // len(json.dumps(text)))}
+    sent = {"messages": [{"role": "system", "content": [part, part]}] * 2}
+    body = bytearray(json.dumps(sent, ensure_ascii=is_escaped).encode())
+    with running(tiny_moe, options=roomy()) as server:
+        desk, took = server.service.desk, []
+
+        def need(size):
+            took.append(tracemalloc.get_traced_memory()[1])
+            raise Problem(400, "it is read")
+
+        monkeypatch.setattr(desk, "need", need)
+        tracemalloc.start()
+        try:
+            with pytest.raises(Problem, match="it is read"):
+                desk.read(openai.read_chat, server.service, body)
+        finally:
+            tracemalloc.stop()
+        granted = _text_bytes(body)
+        assert granted / 8 < took[0] < granted + MIB // 4
+
+
+TOOL = {"name": "f", "parameters": {"x": ["marked"] * 99}}
+KEPT = (
+    (openai.read_chat, chat("x", tools=[{"type": "function", "function": TOOL}]), MIB // 2),
+    (openai.read_chat, chat("x", stop=["marked" * 100] * 16), 16 * 600),
+    (openai.read_chat, chat("x", response_format={"type": "json_object"}), MIB // 2),
+    (openai.read_completion, {"prompt": ["a word"] * 100, "max_tokens": 1}, 100 * 6 * 36),
+    (responses.read_responses, {"input": "x", "instructions": "a word " * 60}, 4 * 7 * 60),
+    (about.tokenize, {"content": "a word", "with_pieces": True}, 6 * 4 * 184),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("read", "body", "least"), KEPT)
+def test_what_a_request_keeps_has_its_memory_until_it_is_answered(server, read, body, least):
+    asked, desk = Asked(), server.service.desk
+    desk.read(read, server.service, json.dumps(body).encode(), asked)
+    assert least < asked.held == desk._held < least + MIB // 2
+    desk.release(asked.held)
+    assert desk._held == desk._reads == 0
+
+
+@pytest.mark.parametrize("streams", [False, True])
+@pytest.mark.parametrize(
+    ("read", "path", "more"),
+    [
+        (openai.read_chat, "/v1/chat/completions", {**chat("x"), "logprobs": True, "top_logprobs": 20, "n": 2}),
+        (openai.read_completion, "/v1/completions", {"prompt": ["a " * 60] * 3, "echo": True, "logprobs": 20}),
+    ],
+)  # fmt: skip
+def test_log_probabilities_take_no_more_than_was_granted(server, read, path, more, streams):
+    body = {**more, "max_tokens": 50, "stream": streams, "ignore_eos": True}
+    asked, service = Asked(), server.service
+    service.desk.read(read, service, json.dumps(body).encode(), asked)
+    service.desk.release(asked.held)
+    httpx.post(server.url + path, json=body)  # what is made once
+    gc.collect()
+    tracemalloc.start()
+    try:
+        done = httpx.post(server.url + path, json=body, timeout=60)
+        peak = tracemalloc.get_traced_memory()[1] - 2 * len(done.content)  # the client's
+    finally:
+        tracemalloc.stop()
+    assert done.status_code == 200
+    assert peak < asked.held + MIB
+    assert streams or asked.held < 6 * peak
+
+
+def test_memory_comes_back_when_an_answer_ends(server, monkeypatch):
+    desk, body, held = server.service.desk, chat("x" * 100, stream=True), []
+    forward = Model.forward
+    monkeypatch.setattr(
+        Model, "forward", lambda *of: held.append(desk._held) or forward(*of)
+    )  # while it is answered
+    for path in ("/v1/chat/completions", "/v1/messages"):
+        for more in ({}, {"stream": False}):
+            assert server.post(path, {**body, **more}).status_code == 200
+        with httpx.stream("POST", server.url + path, json={**body, "max_tokens": 300}):
+            pass  # the client leaves
+        server.settle()
+        assert server.post(path, {**body, "max_tokens": 10**6}).status_code == 200
+    assert min(held) > 100 * 36
+    end = time.monotonic() + 20
+    while desk._held:
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def test_a_body_is_freed_though_errors_still_refer_to_it(server, monkeypatch):
+    made = []
+
+    class Seen(bytearray):
+        def __init__(self):
+            made.append(self)
+
+    monkeypatch.setattr(app, "bytearray", Seen, raising=False)
+    assert server.post("/v1/chat/completions", chat("x")).status_code == 200
+    assert server.post("/v1/chat/completions", chat("x", n=9)).status_code == 400
+    assert [len(body) for body in made] == [0, 0]
 
 
 class Body(bytearray):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import random
 import re
+import sys
+from contextlib import nullcontext
 
 import anthropic
 import jsonschema
@@ -12,9 +15,13 @@ import pytest
 from served import running
 from tiny import tiny_checkpoint
 
+import edgemoe
+from edgemoe.cli.form import keep_to
 from edgemoe.convert.convert import convert
 from edgemoe.serve.ask import Ask
 from edgemoe.serve.completions import ChatAnswer
+from edgemoe.serve.grammar import Grammars, schema_bytes
+from edgemoe.serve.problems import Problem
 from edgemoe.text.sampler import SamplingParams
 
 ASK = [{"role": "user", "content": "Go."}]
@@ -259,3 +266,52 @@ def test_a_conversation_with_calls_goes_on(server):
     assert "<tool_response>\nblue\n</tool_response>" in prompt
     assert prompt.startswith("<|im_start|>system\nYou may call tools.")
     assert '"name": "wait"' in prompt
+
+
+def test_compiled_grammars_stay_within_their_memory(server):
+    tokenizer, told = server.service.tokenizer, []
+    grammars = Grammars(tokenizer, 264, [258], need=told.append, made=told.append)
+    large = [grammars.choice("x", [str(i) * 30000]) for i in range(4)]
+    assert told == [(1 << 19) + 112 * len(large[0]), 600 * 264] + [told[0]] * 3
+    assert sum(map(sys.getsizeof, grammars._last)) < 8 << 20
+    assert [one.grammar for one in grammars._last] == large[:1:-1]
+    kept = grammars.compiled(large[0])
+    for i in range(4):
+        grammars.choice("x", [str(i) * 30000 + "x"])
+    assert grammars.compiled(large[0]) is kept  # a request has it
+    grammars.choice("x", [str(0) * 30000])
+    assert len(told) == 9  # its memory too
+
+
+def test_a_lexer_takes_no_more_than_there_is(server):
+    tokenizer, draw = server.service.tokenizer, random.Random(0)
+    both = [tokenizer.token_id(letter) for letter in "ab"]
+    for spare, states in ((0, 4096), (1 << 40, 250_000)):
+        grammars = Grammars(tokenizer, 264, [258], spare=spare)
+        assert grammars._states == states
+        matcher = grammars.matcher(grammars.regex("x", "[ab]*a[ab]{14}"))
+        is_refused = pytest.raises(Problem, match="too many states: 4096")
+        with nullcontext() if spare else is_refused:
+            for _ in range(5000):  # nearly every letter leads to another state
+                matcher.consume_token(draw.choice(both))
+                grammars.mask(matcher)
+
+
+def test_a_schema_on_the_command_line_has_the_memory_of_its_grammar_and_errors_of_one_line(
+    tiny_moe,
+):
+    schema = {
+        "type": "object",
+        "properties": {f"p{i}": {"pattern": f"^a{i}$"} for i in range(5000)},
+    }
+    with edgemoe.load(tiny_moe) as engine:
+        grammars = Grammars(engine.tokenizer, 264, [258])
+        assert schema_bytes({"type": "object"}) == 0
+        least = 112 * len(grammars.json_schema("x", schema))
+        assert schema_bytes(schema) + (8 << 20) == pytest.approx(least, rel=0.3)
+        chat = engine.chat(params=SamplingParams(max_tokens=9))
+        keep_to(engine, chat, {"type": "object"})
+        constraint = chat.constraint([1])
+        constraint.allowed()
+        with pytest.raises(ValueError, match="--json-schema: grammar: cannot be kept to"):
+            constraint.take(5)

@@ -240,6 +240,18 @@ def test_what_was_read_is_not_kept_for_the_answer(server, read, body):
     assert "marked" not in str(request)
 
 
+def test_names_without_effect_are_kept_short(server):
+    names = {f"{i:02}" + "n" * 1000: 1 for i in range(100)}
+    done = server.post("/v1/chat/completions", chat("x", max_tokens=1, **names)).json()
+    ignored = done["edgemoe"]["ignored"]
+    assert ignored == [f"{i:02}" + "n" * 78 for i in range(32)] + ["68 more fields"]
+    assert ignored in [entry.get("ignored") for entry in server.service.log.since(0)]
+    text = server.get("/metrics").text
+    assert "n" * 79 not in text
+    done = server.post("/v1/completions", {"prompt": ["x"] * 4097})
+    assert "prompt: expected at most 4096, got 4097" in done.text
+
+
 def test_other_machines_need_a_key():
     with pytest.raises(ValueError, match="lets other machines in"):
         Settings(host="0.0.0.0")

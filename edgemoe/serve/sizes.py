@@ -1,0 +1,43 @@
+"""How much memory what was read of a request takes while it is answered."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+
+import msgspec
+
+__all__ = ["kept_bytes"]
+
+_WRITTEN = 4  # times that what an answer repeats is in memory as it is written as JSON
+
+
+def kept_bytes(found: object) -> int:
+    """Returns about how many bytes the result of reading a request takes until it is answered.
+
+    Args:
+        found: a tuple of an `Ask` or several and the request, whose fields an answer may repeat; or an answer.
+    """
+    parts = found if isinstance(found, tuple) else (found,)
+    return sum(
+        (_WRITTEN if isinstance(part, (dict, msgspec.Struct)) else 1) * _bytes(part)
+        for part in parts
+    )
+
+
+def _bytes(value: object) -> int:
+    """Returns the bytes of a value with all that is inside it; shared parts count as often as they occur."""
+    total, left = 0, [value]
+    while left:
+        one = left.pop()
+        total += sys.getsizeof(one)
+        if isinstance(one, dict):
+            left += [*one, *one.values()]
+        elif isinstance(one, (list, tuple)):
+            left += one
+        elif isinstance(one, msgspec.Struct):
+            left += [getattr(one, name) for name in one.__struct_fields__]
+        elif dataclasses.is_dataclass(one):
+            total += getattr(one, "said_bytes", 0)
+            left += [getattr(one, field.name) for field in dataclasses.fields(one)]
+    return total
