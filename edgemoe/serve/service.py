@@ -374,8 +374,8 @@ class Service:
         few = text[: _SURELY_LONG * self.context]
         try:
             self.desk.need(Tokenizer.most_bytes(few))
-            if len(few) < len(text) and len(self.tokenizer.encode(few)) >= self.context:
-                raise too_long(param, len(text) * self.context // len(few), self.context)
+            if len(few) < len(text) and (count := len(self.tokenizer.encode(few))) >= self.context:
+                raise too_long(param, len(text) * count // len(few), self.context, is_estimate=True)
             self.desk.need(Tokenizer.most_bytes(text))
             ids = self.tokenizer.encode(text, add_special=add_special)
         except ValueError as error:
