@@ -36,6 +36,15 @@ def on_files(files, config):
     return files
 
 
+def on_page_markdown(markdown, page, config, files):
+    """Turns links that hold in a clone, such as ../SECURITY.md, into those of the site."""
+    site = {source: at for at, source in TEXTS.items()}
+    site |= {picture: f"images/{Path(picture).name}" for picture in PICTURES}
+    for source, at in site.items():
+        markdown = markdown.replace(f"](../{source})", f"]({at})")
+    return markdown
+
+
 def flags() -> str:
     """Returns a page with the help of every command and its subcommands."""
     from edgemoe.cli.main import COMMANDS

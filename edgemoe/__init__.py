@@ -1,4 +1,4 @@
-"""Runs Mixture-of-Experts language models that do not fit in fast memory: exactly, inside a memory budget.
+"""Runs Mixture-of-Experts language models that are larger than memory: exactly, inside a memory budget.
 
 import edgemoe
 

@@ -150,7 +150,7 @@ def _processor() -> Iterator[Finding]:
     elif used == "scalar" or (best == "avx512" and used == "avx2"):
         yield Finding(
             "problem", "processor", f"{text}, though it has {best}",
-            "build with a compiler that knows it: pip install --no-cache-dir --force-reinstall edgemoe",
+            "build with a compiler that knows it: pip install --no-cache-dir --force-reinstall .",
         )  # fmt: skip
     else:
         yield Finding("ok", "processor", text)
@@ -302,7 +302,7 @@ def _model(
         )  # fmt: skip
     text = (
         f"{name}: {size_text(moe.file_bytes)}, {moe.config.family}, "
-        f"{'every sum matches' if verify else 'sound as far as looked at'}"
+        f"{'every checksum matches' if verify else 'sound as far as looked at'}"
     )
     if "quality" not in moe.sections:
         return Finding("note", "model", f"{text}; what fewer bits cost was not measured",

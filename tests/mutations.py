@@ -173,11 +173,11 @@ MUTATIONS = (
     Mutation("room", "a chunk takes nothing", "edgemoe/runtime/room.py",
              "        return states + self._tokens * self._budget.row", "        return states", ROOM),
     Mutation("room", "the process is never measured", "edgemoe/runtime/room.py",
-             "            self._base = max(base, self._base) if self._borrowed else base", "            pass", ROOM),
+             "        self._base = max(base, self._base) if self._borrowed else base", "        pass", ROOM),
     Mutation("room", "measuring leaves no slack", "edgemoe/runtime/room.py",
              "+ budget.tables + late + budget.slack", "+ budget.tables + late", ROOM),
     Mutation("room", "what is lent stays with the experts", "edgemoe/runtime/room.py",
-             "            self._resize(self._left(size))", "            self._resize(self._left())", ROOM),
+             "            self._resize(self._left(beyond))", "            self._resize(self._left())", ROOM),
     Mutation("room", "a trace does not hold the slots", "edgemoe/runtime/model.py",
              "        self.room.hold()  #", "        pass  #", ROOM),
     # ------------------------------------------------------------ files

@@ -145,7 +145,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("-r", "--repetitions", type=whole(1), default=5, metavar="N",
                         help="how often each test is measured (default: 5)")  # fmt: skip
     parser.add_argument(
-        "-t", "--threads", type=whole(1), metavar="N", help="(default: the number of cores)"
+        "-t", "--threads", type=whole(1), metavar="N", help="threads (default: all cores)"
     )
     parser.add_argument("--ram", type=ram_size, metavar="SIZE",
                         help="memory for the whole process, such as 4GiB or 50%% of what is free")  # fmt: skip

@@ -145,7 +145,7 @@ def _parser() -> argparse.ArgumentParser:
         help="memory for the whole process (default: what is free)",
     )
     parser.add_argument(
-        "-t", "--threads", type=int, metavar="N", help="(default: the number of cores)"
+        "-t", "--threads", type=int, metavar="N", help="threads (default: all cores)"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace OUT.calib if it exists")
     parser.add_argument("-v", "--verbose", action="store_true", help="show tracebacks of errors")

@@ -60,7 +60,7 @@ def _run(args: argparse.Namespace, prog: str) -> int:
         lines = _adapter_lines(moe) if isinstance(moe, AdapterFile) else _lines(moe, about)
         say(*(shortened(line, _LONGEST_LINE) for line in lines))
         if args.verify and not broken:
-            say("", "verified: every sum matches")
+            say("", "verified: every checksum matches")
     for what in broken:
         note(f"{prog}: {moe.path}: {what}: the sum does not match")
     return 1 if broken else 0

@@ -108,7 +108,7 @@ def _help() -> list[str]:
     return [
         "usage: edgemoe COMMAND [ARGUMENTS]",
         "",
-        "Runs Mixture-of-Experts language models that do not fit in fast memory.",
+        "Runs Mixture-of-Experts language models that are larger than memory.",
         "",
         "  edgemoe run                            chat with a small demo model",
         "  edgemoe pull allenai/OLMoE-1B-7B-0924  get a model",

@@ -174,7 +174,7 @@ def _about(found: Chosen, report: Mapping[str, Any]) -> str:
         return "exact: nothing cheaper was measured for these flags and this memory"
     row = found.nearest
     return (
-        f"exact: the nearest that is cheaper, {_settings(row)}, is not surely within it: perplexity "
+        f"exact: the next cheaper setting, {_settings(row)}, may cost more: perplexity "
         f"{_loss(row)} {where}"
     )
 

@@ -167,7 +167,7 @@ def _add_model_flags(model: argparse._ActionsContainer) -> None:
          help="the same for values (default: %(default)s)")
     _add(model, "--kv-table", metavar="FILE",
          help="for -ctk and -ctv auto: a file of edgemoe allocate --kv (default: the model file's own)")
-    _add(model, "-t", "--threads", type=int, metavar="N", help="(default: the number of cores)")
+    _add(model, "-t", "--threads", type=int, metavar="N", help="threads (default: all cores)")
     _add(model, "--device", default="cpu", metavar="NAME",
          help="cpu, or cuda:0 for the first NVIDIA device; the answer is the same (default: %(default)s)")
     _add(model, "--vram", type=ram_size, metavar="SIZE",
@@ -257,7 +257,7 @@ def _add_serve_flags(parser: argparse.ArgumentParser) -> None:
     _add(requests, "--queue", type=int, default=64, metavar="N",
          help="requests that may wait; more are refused (default: %(default)s)")
     _add(requests, "--timeout", type=float, default=3600.0, metavar="SECONDS",
-         help="give a request up after this time (default: %(default)g)")
+         help="give up a request after this time (default: %(default)g)")
     _add(requests, "--keep-alive", default="-1", metavar="TIME",
          help="after this time without a request (5m, 30s) experts leave memory; the state of conversations stays "
          "(default: -1, never)")

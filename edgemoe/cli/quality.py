@@ -179,7 +179,8 @@ def _warn_of_replaced(moe: MoeFile, report: Mapping[str, Any]) -> None:
 def _note_sample(about: str, sample: Sample) -> None:
     note(f"# {about}; {sample.positions} positions")
     if (count := len(sample.windows)) < _FEW:
-        note(f"# {count} chunk(s): too few to trust the standard errors")
+        chunks = "1 chunk is" if count == 1 else f"{count} chunks are"
+        note(f"# {chunks} too few to trust the standard errors")
 
 
 def _check(args: argparse.Namespace) -> None:

@@ -157,4 +157,4 @@ def _text(path: Path | None) -> tuple[str, str]:
 
 def _shape(sample: Sample) -> str:
     count, chunk = sample.windows.shape
-    return f"{count} chunks of {chunk} tokens"
+    return f"{count} chunk{'' if count == 1 else 's'} of {chunk} tokens"

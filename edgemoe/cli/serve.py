@@ -206,7 +206,7 @@ def _welcome(args: Namespace, settings: Settings, service: Service, port: int) -
     budget, count = service.model.budget, service.model.options.sequences
     kind = "lossy" if service.model.notes else "exact"
     note(
-        f"# {count} sequences of {budget.context} tokens (KV {budget.kv / 2**20:.0f} MiB), "
+        f"# {count} sequence{'' if count == 1 else 's'} of {budget.context} tokens (KV {budget.kv / 2**20:.0f} MiB), "
         f"{budget.slots / 2**20:.0f} of {budget.experts / 2**20:.0f} MiB of experts, {kind}; "
         f"agents need about 24000 tokens; calls of tools: {service.tool_words()}"
     )

@@ -109,8 +109,8 @@ def measured(speed: Speeds) -> Iterator[str]:
     days = int((time.time() - speed.pace.measured) / 86400)
     when = {0: "today", 1: "yesterday"}.get(days, f"{days} days ago")
     yield (
-        f"  this machine: memory {speed.pace.memory / 1e9:.0f} GB/s, weights are computed with at "
-        f"{_span(speed.pace.kernels.values(), 0)} GB/s, measured {when}"
+        f"  this machine: memory {speed.pace.memory / 1e9:.0f} GB/s, kernels "
+        f"{_span(speed.pace.kernels.values(), 0)} GB/s of weights, measured {when}"
     )  # fmt: skip
     rates = [rate for rate in speed.disks.values() if rate is not None]
     if rates:

@@ -87,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--chunks", type=int, metavar="N", help="most pieces to use (default: all)")
     parser.add_argument("--ram", type=ram_size, metavar="SIZE",
                         help="memory for the whole process (default: what is free)")
-    parser.add_argument("-t", "--threads", type=int, metavar="N", help="(default: the number of cores)")
+    parser.add_argument("-t", "--threads", type=int, metavar="N", help="threads (default: all cores)")
     parser.add_argument("-v", "--verbose", action="store_true", help="show tracebacks of errors")
     # fmt: on
     return parser

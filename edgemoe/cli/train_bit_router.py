@@ -161,7 +161,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--overwrite", action="store_true", help="start anew if OUT exists")
     parser.add_argument("--ram", type=ram_size, metavar="SIZE",
                         help="memory for the whole process (default: what is free)")
-    parser.add_argument("-t", "--threads", type=int, metavar="N", help="(default: torch's own)")
+    parser.add_argument("-t", "--threads", type=int, metavar="N", help="threads (default: torch's own)")
     parser.add_argument("-v", "--verbose", action="store_true", help="show tracebacks of errors")
     # fmt: on
     return parser

@@ -204,7 +204,7 @@ def _quantize_mwq(
 
 _NESTED = Scheme(
     "nested",
-    f"nested codes; a float16 scale and middle for each {nested.GROUP} columns of a row",
+    f"nested codes; a scale for each row, and a byte to adjust it for each {nested.GROUP} columns",
     nested.GROUP,
     (nested.DEFAULT_LADDER,),
     lambda ladder: True,

@@ -104,7 +104,7 @@ def _make(kind: type[Scheduler], setting: Setting, **options: Any) -> Scheduler:
         isinstance(inner, Auto) and inner.options.lossy
     )  # though it is not where everything fits
     if "spare" in options and not (is_lossy or may_be):
-        raise ValueError("spare: nothing here is lossy")
+        raise ValueError("spare: only with a lossy option or scheduler")
     named = spared_experts(setting, levers.spare) if is_lossy or may_be else None
     spared = named if is_lossy else None
     if dropping.eviction in ("own", *CACHE_OWN) and not levers.notes and spared is None:

@@ -40,7 +40,7 @@ async def act(service: Service, slot: int, action: str, body: bytes) -> dict[str
     """
     if service.store is None:
         raise Problem(
-            501, "sequences are saved, restored and erased with --slot-save-path DIR alone"
+            501, "sequences are saved, restored and erased only with --slot-save-path DIR"
         )
     if not 0 <= slot < len(service.batcher.views):
         raise wrong("id_slot", f"expected 0 to {len(service.batcher.views) - 1}, got {slot}")

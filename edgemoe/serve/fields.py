@@ -274,7 +274,7 @@ def read(body: bytes, kind: type[_T]) -> tuple[_T, list[str]]:
         if name in known or value is None or value in _NEUTRAL.get(name, ()):
             continue
         if name == "modalities" or name in _REFUSED:
-            raise wrong(name, _REFUSED.get(name, "this model reads and writes text alone"))
+            raise wrong(name, _REFUSED.get(name, "this model reads and writes only text"))
         ignored.append(name)
     ignored += _nested({name: value for name, value in raw.items() if name in known})
     if "tools" in known:

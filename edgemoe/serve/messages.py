@@ -142,7 +142,7 @@ def _messages(message: Mapping[str, Any], where: str, ignored: list[str]) -> lis
                 }
             )
         else:
-            raise wrong(f"{at}.type", f"this model reads text alone; got {kind!r}")
+            raise wrong(f"{at}.type", f"this model reads only text; got {kind!r}")
     if texts or calls or thoughts or not out:
         rest: dict[str, Any] = {"role": role, "content": "\n".join(texts)}
         if calls:
@@ -158,7 +158,7 @@ def _result(parts: Any, where: str) -> str:
         isinstance(p, dict) and p.get("type") == "text" and isinstance(p.get("text"), str)
         for p in parts
     ):
-        raise wrong(f"{where}.content", "expected text, as this model reads text alone")
+        raise wrong(f"{where}.content", "expected text, as this model reads only text")
     return "\n".join(p["text"] for p in parts)
 
 

@@ -14,7 +14,7 @@ from edgemoe.serve.prompts import Conversation, render
 from edgemoe.serve.reply_grammar import reply_grammar
 from edgemoe.serve.service import Service
 from edgemoe.text.jinja.meter import Meter
-from edgemoe.text.lengths import beginning, most_characters
+from edgemoe.text.lengths import beginning, beginning_length, most_characters
 from edgemoe.text.sampler import SamplingParams
 from edgemoe.text.tokenizer import Tokenizer
 
@@ -121,7 +121,9 @@ def rendered(
     """
     # One after another, as it takes their memory twice.
     given = sum(len(json.dumps(part)) for part in (*talk.messages, *talk.tools, variables))
-    few = Tokenizer.most_bytes(beginning(" " * given, service.context))  # tokenizing comes next
+    few = Tokenizer.most_bytes(
+        " " * min(given, beginning_length(service.context))
+    )  # tokenizing comes next
     service.desk.need(max(Meter.most_bytes(given), few))
     return render(
         service.tokenizer, talk, service.form, variables=variables, notes=notes,
@@ -150,8 +152,11 @@ def encoded(
     few = beginning(text, service.context)
     try:
         service.desk.need(beside + Tokenizer.most_bytes(few))
-        if len(few) < len(text) and len(service.tokenizer.encode(few)) >= service.context:
-            raise too_long(param, len(text) * service.context // len(few), service.context)
+        if (
+            len(few) < len(text)
+            and (count := len(service.tokenizer.encode(few))) >= service.context
+        ):
+            raise too_long(param, len(text) * count // len(few), service.context, is_estimate=True)
         service.desk.need(beside + Tokenizer.most_bytes(text))
         ids = service.tokenizer.encode(text, add_special=add_special)
     except ValueError as error:

@@ -58,11 +58,12 @@ def wrong(param: str, message: str) -> Problem:
     return Problem(400, f"{param}: {message}", param=param)
 
 
-def too_long(param: str, tokens: int, context: int) -> Problem:
+def too_long(param: str, tokens: int, context: int, *, is_estimate: bool = False) -> Problem:
     """Returns the error of a prompt that does not fit, in words that clients recognise."""
+    about = "about " if is_estimate else ""
     return Problem(
         400,
-        f"This model's maximum context length is {context} tokens; the prompt has {tokens}. "
+        f"This model's maximum context length is {context} tokens; the prompt has {about}{tokens}. "
         "Start with -c for a larger one, where the model and the memory allow it",
         param=param, code="context_length_exceeded", n_prompt_tokens=tokens, n_ctx=context,
         messages_text=f"prompt is too long: {tokens} tokens > {context} maximum",

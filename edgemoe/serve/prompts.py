@@ -107,7 +107,7 @@ def _content(content: object, where: str) -> str:
     for i, part in enumerate(content):
         kind = part.get("type") if isinstance(part, dict) else None
         if kind not in _TEXT_PARTS:
-            raise wrong(f"{where}[{i}].type", f"this model reads text alone; got {kind!r}")
+            raise wrong(f"{where}[{i}].type", f"this model reads only text; got {kind!r}")
         text = part.get("text", part.get("refusal", ""))
         if not isinstance(text, str):
             raise wrong(f"{where}[{i}].text", f"expected text, got {type(text).__name__}")

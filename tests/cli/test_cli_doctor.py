@@ -49,7 +49,7 @@ def test_a_sound_machine_has_no_problem(models: Path, capfd) -> None:
     )
     assert model["cure"] == "edgemoe quality my-plan --store"
     assert "GB/s at 64 KiB" in of(found, "disk")[0]["text"]
-    assert "every sum matches" in of(report(capfd, "--verify"), "model")[0]["text"]
+    assert "every checksum matches" in of(report(capfd, "--verify"), "model")[0]["text"]
     assert main(["doctor"]) == 0
     lines = capfd.readouterr().out.splitlines()
     assert len(lines) < 40

@@ -43,7 +43,7 @@ def test_a_sound_file_is_described(path: Path, capsys) -> None:
     assert not {"rung", "code ", "all else"} & set(out.split())
     assert "| 2 × layers.N.router | [8, 96] | f32 | 6 KiB |" in out
     assert "tokenizer.json" in out
-    assert "verified: every sum matches" in out
+    assert "verified: every checksum matches" in out
 
 
 def test_json_has_everything(path: Path, capsys) -> None:

@@ -294,7 +294,7 @@ def test_inspect_says_what_it_is(there, capsys):
     text = capsys.readouterr().out
     assert f"for a model of weights {weights_sum(open_moe(there.base))}" in text
     assert "3 of 16 experts" in text
-    assert "every sum matches" in text
+    assert "every checksum matches" in text
     assert main(["inspect", str(there.base)]) == 0
     assert weights_sum(open_moe(there.base)) in capsys.readouterr().out
 

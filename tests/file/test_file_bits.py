@@ -474,7 +474,7 @@ def test_commands(small, alloc, tmp_path, capsys):
     assert main(["inspect", str(small), "--verify"]) == 0
     out = capsys.readouterr().out
     assert "experts of 3.312 bits on average: 7 of 2, 3 of 3, 3 of 4, 3 of 6" in out
-    assert "verified: every sum matches" in out
+    assert "verified: every checksum matches" in out
     size = int(open_moe(small).experts.sizes(4).sum())
     assert f"nested | {size_text(size)} |" in out
 

@@ -674,9 +674,13 @@ def test_command(tiny_moe, tmp_path, capsys):
         )
         assert "expected another file to write" in capsys.readouterr().err
     assert tiny_moe.read_bytes() == before
+    short = tmp_path / "short.txt"
+    short.write_text("short")
+    assert main([*run, "--overwrite", "--more", str(short)]) == 2
+    assert "more: expected at least one window of 96 tokens, got 5" in capsys.readouterr().err
     text.write_text("short")
     assert main([*run, "--overwrite"]) == 2
-    assert "expected at least one window of 96" in capsys.readouterr().err
+    assert "text: expected at least one window of 96 tokens, got 5" in capsys.readouterr().err
     source = tmp_path / "im.dat"
     write_dat(source, entries())
     imported = [

@@ -297,7 +297,7 @@ def test_run_and_bench_pick_and_say_so(measured: Path, capsys) -> None:
     assert f"{flags[1]}: --bits 2 --dense-bits 8, perplexity" in capsys.readouterr().err
     assert run_cli.main((*argv[:-1], "0")) == 0
     picked = capsys.readouterr().err
-    assert "--max-quality-loss 0: exact: the nearest that is cheaper, " in picked
+    assert "--max-quality-loss 0: exact: the next cheaper setting, " in picked
     assert "lossy" not in picked
 
 

@@ -309,7 +309,7 @@ def test_command_measures_every_level(tiny_moe: Path, tmp_path: Path, capsys, lo
     kls = [row["kl"] for row in rows[1:]]
     assert kls == sorted(kls)
     assert f"the package's own (Moby-Dick, speeches), 3 chunks of {CHUNK} tokens" in printed.err
-    assert "# 3 chunk(s): too few to trust the standard errors\n" in printed.err
+    assert "# 3 chunks are too few to trust the standard errors\n" in printed.err
 
 
 def test_command_compares_with_other_references(tiny_moe: Path, tmp_path: Path, capsys) -> None:

@@ -947,7 +947,7 @@ def test_lowering_is_an_option_of_every_scheduler():
     for wrong in (5, 8, -2):
         with pytest.raises(ValueError, match=f"lower_to: expected one of 2, 3, 4, 6, got {wrong}"):
             SCHEDULERS["on-demand"](setting(), lower_to=wrong)
-    with pytest.raises(ValueError, match="spare: nothing here is lossy"):
+    with pytest.raises(ValueError, match="spare: only with a lossy option or scheduler"):
         SCHEDULERS["on-demand"](setting(), spare="0.1")
     with pytest.raises(ValueError, match=r"spare: the model has no routed expert 3\.0"):
         SCHEDULERS["hobbit"](setting(), spare="3.0")

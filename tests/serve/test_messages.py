@@ -102,7 +102,7 @@ def test_conversations_with_tools_and_thinking_are_read(client, server):
         ({}, "messages: expected, and missing"),
         ({"messages": ASK}, "max_tokens: expected, and missing"),
         ({"messages": ASK, "max_tokens": "x"}, "max_tokens"),
-        ({"messages": [{"role": "user", "content": [{"type": "image"}]}], "max_tokens": 1}, "text alone"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}], "max_tokens": 1}, "only text"),
         ({"messages": [{"role": "user", "content": "x" * 600}], "max_tokens": 1}, "prompt is too long: "),
         ({"messages": ASK, "max_tokens": 1, "tool_choice": {"type": "any"}}, "tool_choice"),
         ({"messages": ASK, "max_tokens": 1, "tools": [{"name": "x"}]}, "tools[0]"),

@@ -163,7 +163,7 @@ WRONG = [
     ({"messages": ASK, "top_logprobs": 2}, "top_logprobs", "logprobs"),
     ({"messages": ASK, "logit_bias": {"x": 1}}, "logit_bias", "tokens"),
     ({"messages": ASK, "functions": []}, "functions", "tools"),
-    ({"messages": ASK, "modalities": ["audio"]}, "modalities", "text alone"),
+    ({"messages": ASK, "modalities": ["audio"]}, "modalities", "only text"),
     ({"messages": ASK, "tool_choice": "required"}, "tool_choice", "tools"),
     ({"messages": ASK, "response_format": {"type": "xml"}}, "response_format.type", "xml"),
     ({"messages": ASK, "chat_template_kwargs": 5}, "chat_template_kwargs", "object"),
@@ -211,8 +211,10 @@ def test_a_prompt_that_is_too_long_is_refused_in_known_words(client, server):
     ):
         far = server.post("/v1/chat/completions", {"messages": [*ASK, message]})
         assert far.json()["error"]["code"] == "context_length_exceeded"
-    far = server.post("/v1/completions", {"prompt": "x" * 100_000})
-    assert far.json()["error"]["code"] == "context_length_exceeded"
+    far = server.post("/v1/completions", {"prompt": "x" * 100_000}).json()["error"]
+    assert far["code"] == "context_length_exceeded"
+    assert 100_000 <= far["n_prompt_tokens"] <= 101_000
+    assert "the prompt has about 100" in far["message"]
 
 
 def test_models_and_the_rest_are_told(client, server):

@@ -59,7 +59,9 @@ def default_text() -> str:
     return path.read_text(encoding="utf-8")
 
 
-def windows_of(moe: MoeFile, text: str, *, window: int, count: int | None) -> NDArray[np.int32]:
+def windows_of(
+    moe: MoeFile, text: str, *, window: int, count: int | None, name: str = "text"
+) -> NDArray[np.int32]:
     """Returns a text's tokens, cut into windows [N, window]; a shorter rest at the end is dropped.
 
     If the model expects a token at the start of every text, it replaces each window's first token, as in llama.cpp.
@@ -84,7 +86,7 @@ def windows_of(moe: MoeFile, text: str, *, window: int, count: int | None) -> ND
     ids = tokenizer.encode(text, add_special=False)
     n = len(ids) // window if count is None else min(count, len(ids) // window)
     if n < 1:
-        raise ValueError(f"a text of {len(ids)} tokens; expected at least one window of {window}")
+        raise ValueError(f"{name}: expected at least one window of {window} tokens, got {len(ids)}")
     windows = np.array(ids[: n * window], np.int32).reshape(n, window)
     first = tokenizer.encode("")
     if len(first) == 1:
@@ -159,7 +161,7 @@ def calibrate(
     machine = Machine(moe, total, hardware.process_bytes(), threads)
     products: Products = "full" if full else "layers" if layers else "none"
     if more is not None:
-        others = windows_of(moe, more, window=window, count=None)
+        others = windows_of(moe, more, window=window, count=None, name="more")
         pieces = balanced(machine, pieces, others, _counts(out), counting or _nobody)
     _Calibration(machine, pieces, products, out).run(
         say or (lambda line: None), progress or _nobody

@@ -143,7 +143,9 @@ def _check(windows: int, wanted: int, least: int, total: int) -> None:
     if windows < wanted:
         raise ValueError(f"the text has {windows} windows; expected {wanted}")
     if least > total:
-        raise ValueError(f"{total} bytes; the fewest that this model takes are {least}")
+        raise ValueError(
+            f"bytes: expected at least {least}, which the fewest bits take, got {total}"
+        )
 
 
 def _evolve(

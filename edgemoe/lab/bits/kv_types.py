@@ -6,6 +6,7 @@ nearly add up, so an exact dynamic programme over their sums finds the types tha
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -106,7 +107,10 @@ def choose_kv_types(
     numbers = _SOME * sum(cell.heads * cell.columns for cell in cells)
     if average_bits is not None and sizes[:, 0].sum() * 8 > average_bits * numbers:
         least = sizes[:, 0].sum() * 8 / numbers
-        raise ValueError(f"{average_bits:g} bits per number; {kinds[0]} takes {least:.2f}")
+        raise ValueError(
+            f"average bits: expected at least {math.ceil(least * 100) / 100:g}, which {kinds[0]} takes, "
+            f"got {average_bits:g}"
+        )
     measure = _Measure(path, moe, cells, windows, options)
     total, done = len(cells) * sum(kind != "f16" for kind in kinds) + 2, 0
 
