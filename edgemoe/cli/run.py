@@ -39,9 +39,8 @@ if TYPE_CHECKING:
 
 __all__ = ["main", "set_up_logging"]
 
-_SMALL_PROMPT = (
-    4 << 20
-)  # bytes that are read at any budget, as the model says more of what it needs
+# Bytes that are read at any budget: where they are too many, the model's own error says more.
+_SMALL_PROMPT = 4 << 20
 
 
 def main(argv: Sequence[str] | None = None, *, prog: str = "edgemoe-run") -> int:

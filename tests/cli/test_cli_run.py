@@ -51,10 +51,11 @@ sys.exit(edgemoe.cli.run.main(sys.argv[1:]))
 
 @pytest.fixture
 def env(tmp_path: Path) -> dict[str, str]:
-    """Returns a clean environment with a cache folder of its own."""
+    """Returns a clean environment with folders of its own."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith("EDGEMOE_")}
     kept.pop("NO_COLOR", None)
-    own = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "TERM": "xterm", "EDGEMOE_STATS": "full"}
+    own = {f"XDG_{name}_HOME": str(tmp_path / name.lower()) for name in ("CACHE", "STATE")}
+    own |= {"TERM": "xterm", "EDGEMOE_STATS": "full"}
     return kept | own
 
 
@@ -386,7 +387,6 @@ def test_a_session_goes_on_where_it_was(
 ) -> None:
     from edgemoe.cli.sessions import hold
 
-    env["XDG_STATE_HOME"] = str(tmp_path / "state")
     flags = (tiny_moe, "-n", 3, "--temp", 0, "--ignore-eos", "--stats", "off")
     path = tmp_path / "state/edgemoe/sessions/work.json"
     first = run(env, *flags, "--session", "work", "-sys", "Be brief.", "-p", "Hi")

@@ -25,7 +25,7 @@ from edgemoe.runtime.batching import Batcher
 from edgemoe.runtime.model import Model
 from edgemoe.runtime.opening import open_model
 from edgemoe.runtime.options import EngineOptions
-from edgemoe.serve import about, app, openai, responses
+from edgemoe.serve import about, bodies, openai, responses
 from edgemoe.serve.desk import Desk, _text_bytes
 from edgemoe.serve.log import Asked
 from edgemoe.serve.problems import Problem
@@ -318,7 +318,7 @@ def test_a_body_is_freed_though_errors_still_refer_to_it(server, monkeypatch):
         def __init__(self):
             made.append(self)
 
-    monkeypatch.setattr(app, "bytearray", Seen, raising=False)
+    monkeypatch.setattr(bodies, "bytearray", Seen, raising=False)
     assert server.post("/v1/chat/completions", chat("x")).status_code == 200
     assert server.post("/v1/chat/completions", chat("x", n=9)).status_code == 400
     assert [len(body) for body in made] == [0, 0]
