@@ -45,7 +45,7 @@ __device__ __forceinline__ float exact_exp(float x) {
   p = fmaf(p, r, 1.6666665459e-1f);
   p = fmaf(p, r, 5.0000001201e-1f);
   p = fmaf(p * r, r, r + 1.0f);
-  return p * __int_as_float((int(n) + 127) << 23);
+  return p * __int_as_float((__float2int_rz(n) + 127) << 23);
 }
 
 __device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + exact_exp(0.0f - x)); }

@@ -194,6 +194,7 @@ template <class T>
 T __ldg(const T* p) {
   return *p;
 }
+inline int __float2int_rz(float x) { return x == x ? int(x) : 0; }  // 0 for NaN, as the instruction gives
 inline float __int_as_float(int bits) { return cudasim::unpack<float>(uint32_t(bits)); }
 inline int __float_as_int(float x) { return int(cudasim::pack(x)); }
 /// Need not be atomic: the threads of a block are fibers of one thread.
