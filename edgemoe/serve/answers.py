@@ -26,6 +26,7 @@ class Answer:
         """
         self.service, self.asks, self._streams = service, asks, streams
         self.replies: list[Reply] = []
+        """Those that run: an answer may have thousands."""
         self.first = self._begin(0)
 
     @property
@@ -43,7 +44,7 @@ class Answer:
     def _begin(self, index: int) -> Reply:
         ask, choice = divmod(index, self.asks[0].choices)
         reply = self.service.begin(self.asks[ask], choice, streams=self._streams)
-        self.replies.append(reply)
+        self.replies = [*(one for one in self.replies if not one.request.is_cancelled), reply]
         return reply
 
     def cancel(self) -> None:

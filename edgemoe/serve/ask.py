@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -64,7 +65,7 @@ class Wanted:
 class Ask:
     """What a request of any dialect asks of the engine."""
 
-    ids: list[int]
+    ids: array[int]
     """The tokens of the prompt."""
     params: SamplingParams
     choices: int = 1

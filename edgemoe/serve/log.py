@@ -27,7 +27,7 @@ class Asked:
     """The status of an answer that is an error."""
     held: int = 0
     """Bytes that it has of the budget until its answer has ended; see `Desk.read`."""
-    entries: list[dict[str, Any]] = field(default_factory=list)
+    entries: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=_MOST))
     """What the log has of its replies."""
 
 

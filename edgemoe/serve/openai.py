@@ -192,7 +192,6 @@ def read_completion(service: Service, body: bytes) -> tuple[fields.CompletionReq
         if isinstance(one, str):
             # In steps, as each may wait for the pass that runs.
             ids = encoded(service, one, where, add_special=True, beside=kept & ~(_STEP - 1))
-            kept += kept_bytes(ids)
         elif isinstance(one, list) and one and all(type(t) is int for t in one):
             size = service.model.config.vocab_size
             if not all(0 <= t < size for t in one):
@@ -201,6 +200,7 @@ def read_completion(service: Service, body: bytes) -> tuple[fields.CompletionReq
         else:
             raise wrong(where, "expected text or tokens, at least one")
         asks.append(continue_text(service, ids, params, wanted, echo=bool(request.echo)))
+        kept += kept_bytes(asks[-1].ids)
     streams = bool(request.stream)
     at_once = 1 if streams else len(service.batcher.views)
     will_say(service, asks, streams=streams, at_once=at_once, built=160, written=60)

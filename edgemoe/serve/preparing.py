@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -51,7 +52,7 @@ def converse(service: Service, talk: Conversation, wanted: Wanted) -> Ask:
     ids = encoded(service, text, "messages", add_special=not service.tokenizer.has_chat_template)
     is_reasoning = service.reading.is_opened(text)
     ask = Ask(
-        ids=ids, params=params, choices=wanted.choices, top=wanted.top, ignored=wanted.ignored,
+        ids=array("i", ids), params=params, choices=wanted.choices, top=wanted.top, ignored=wanted.ignored,
         schemas={t["name"]: t.get("parameters") or {} for t in tools} if tools else None,
         prompt=text[-_LOOKED_AT:], must_call=wanted.must_call, several_calls=wanted.several_calls, slot=wanted.slot,
         reuses=wanted.reuses, keep_alive=wanted.keep_alive, adapter=wanted.adapter, notes=wanted.notes,
@@ -83,7 +84,7 @@ def continue_text(
     grammar = _grammar(service, wanted.form)
     grammars = service.grammars
     ask = Ask(
-        ids=ids, params=params, choices=wanted.choices, top=wanted.top, echo=echo, is_raw=True,
+        ids=array("i", ids), params=params, choices=wanted.choices, top=wanted.top, echo=echo, is_raw=True,
         ignored=wanted.ignored, slot=wanted.slot, reuses=wanted.reuses, keep_alive=wanted.keep_alive,
         adapter=wanted.adapter,
     )  # fmt: skip

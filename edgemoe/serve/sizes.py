@@ -26,10 +26,13 @@ def kept_bytes(found: object) -> int:
 
 
 def _bytes(value: object) -> int:
-    """Returns the bytes of a value with all that is inside it; shared parts count as often as they occur."""
-    total, left = 0, [value]
+    """Returns the bytes of a value with all that is inside it; what many prompts of a request share counts once."""
+    total, left, seen = 0, [value], set[int]()
     while left:
         one = left.pop()
+        if id(one) in seen:
+            continue
+        seen.add(id(one))
         total += sys.getsizeof(one)
         if isinstance(one, dict):
             left += [*one, *one.values()]

@@ -26,6 +26,7 @@ from edgemoe.runtime.model import Model
 from edgemoe.runtime.opening import open_model
 from edgemoe.runtime.options import EngineOptions
 from edgemoe.serve import about, bodies, openai, responses
+from edgemoe.serve.completions import TextAnswer
 from edgemoe.serve.desk import Desk, _text_bytes
 from edgemoe.serve.log import Asked
 from edgemoe.serve.problems import Problem
@@ -250,7 +251,8 @@ KEPT = (
     (openai.read_chat, chat("x", tools=[{"type": "function", "function": TOOL}]), MIB // 2),
     (openai.read_chat, chat("x", stop=["marked" * 100] * 16), 16 * 600),
     (openai.read_chat, chat("x", response_format={"type": "json_object"}), MIB // 2),
-    (openai.read_completion, {"prompt": ["a word"] * 100, "max_tokens": 1}, 100 * 6 * 36),
+    (openai.read_completion, {"prompt": ["a word"] * 100, "max_tokens": 1}, 100 * 6 * 4),
+    (openai.read_completion, {"prompt": ["a word"] * 100, "guided_json": {}}, MIB // 2),
     (responses.read_responses, {"input": "x", "instructions": "a word " * 60}, 4 * 7 * 60),
     (about.tokenize, {"content": "a word", "with_pieces": True}, 6 * 4 * 184),
 )  # fmt: skip
@@ -304,7 +306,7 @@ def test_memory_comes_back_when_an_answer_ends(server, monkeypatch):
             pass  # the client leaves
         server.settle()
         assert server.post(path, {**body, "max_tokens": 10**6}).status_code == 200
-    assert min(held) > 100 * 36
+    assert min(held) > 100 * 4
     end = time.monotonic() + 20
     while desk._held:
         assert time.monotonic() < end
@@ -341,3 +343,19 @@ def test_a_refused_body_is_freed_at_once(tiny_moe):
             assert kept() is None
         finally:
             gc.enable()
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_an_answer_keeps_no_replies_that_have_ended(server, streams):
+    service = server.service
+    body = {"prompt": ["a"] * 8, "n": 4, "max_tokens": 1, "stream": streams}
+    said, asks = service.desk.read(openai.read_completion, service, json.dumps(body).encode())
+
+    async def answered():
+        answer = TextAnswer(service, said, asks)
+        if not streams:
+            await answer.whole()
+            return len(answer.replies)
+        return max([len(answer.replies) async for _ in answer.events()])
+
+    assert asyncio.run(answered()) <= 2 * len(service.batcher.views)

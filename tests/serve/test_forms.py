@@ -6,6 +6,7 @@ import json
 import random
 import re
 import sys
+from array import array
 from contextlib import nullcontext
 
 import anthropic
@@ -208,7 +209,7 @@ def test_no_two_calls_of_an_answer_have_one_id():
     answer = ChatAnswer.__new__(ChatAnswer)
     answer.id, answer.asks = (
         "chatcmpl-" + "0" * 32,
-        [Ask(ids=[1], params=SamplingParams(), choices=8)],
+        [Ask(ids=array("i", [1]), params=SamplingParams(), choices=8)],
     )
     names = [answer.call_name(choice, number) for choice in range(8) for number in range(40)]
     assert len(set(names)) == 8 * 40
