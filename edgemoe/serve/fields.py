@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
@@ -16,6 +17,8 @@ __all__ = [
 ]  # fmt: skip
 
 _MOST_MESSAGES, _MOST_TOOLS, MOST_STOPS, _MOST_CHOICES, MOST_TOP = 4096, 256, 16, 8, 20
+_MOST_ENTRIES = {"logit_bias": 4096, "chat_template_kwargs": 256}  # they are copied several times
+_MOST_NAMED = 1000  # fields without effect; of more, the rest is not looked for
 
 
 class _Base(msgspec.Struct, kw_only=True, forbid_unknown_fields=False):
@@ -265,42 +268,42 @@ def read(body: bytes, kind: type[_T]) -> tuple[_T, list[str]]:
         raise Problem(400, f"body: expected JSON; {error}") from None
     if not isinstance(raw, dict):
         raise Problem(400, "body: expected a JSON object")
+    known, ignored = set(kind.__struct_fields__), []
+    for name, most in _MOST_ENTRIES.items():
+        value = raw.get(name) if name in known else None
+        if isinstance(value, dict) and len(value) > most:
+            raise wrong(name, f"expected at most {most}, got {len(value)}")
     try:
         found = msgspec.convert(raw, kind)
     except (msgspec.ValidationError, RecursionError) as error:
         raise _located(str(error)) from None
-    known, ignored = set(kind.__struct_fields__), []
     for name, value in raw.items():
         if name in known or value is None or value in _NEUTRAL.get(name, ()):
             continue
         if name == "modalities" or name in _REFUSED:
             raise wrong(name, _REFUSED.get(name, "this model reads and writes only text"))
-        ignored.append(name)
-    ignored += _nested({name: value for name, value in raw.items() if name in known})
-    if "tools" in known:
-        ignored += _in_tools(raw.get("tools"), *kind.tool_form)  # type: ignore[attr-defined]
-    fields = getattr(kind, "message_fields", ())
-    for name in ("messages", "system", "input") if fields else ():
-        ignored += _in_messages(name, raw.get(name), fields)
+        if len(ignored) < _MOST_NAMED:
+            ignored.append(name)
+    inner = _nested({name: value for name, value in raw.items() if name in known}, kind)
+    ignored += itertools.islice(inner, _MOST_NAMED - len(ignored))
     _check_numbers(found)
     return found, ignored
 
 
-def _nested(raw: Mapping[str, Any]) -> list[str]:
-    """Returns the names of fields without effect that are inside honoured fields."""
-    found = []
-    options = raw.get("stream_options")
-    if isinstance(options, dict):
-        known = StreamOptions.__struct_fields__
-        found += [
-            f"stream_options.{name}"
-            for name, value in options.items()
-            if value is not None and name not in known
-        ]
+def _nested(raw: Mapping[str, Any], kind: Any) -> Iterator[str]:
+    """Yields the names of fields without effect that are inside the honoured fields of a request of some kind."""
     parts = (part for name in _LISTS for part in _parts(raw.get(name)))
     if any(part.get("cache_control") is not None for part in parts):
-        found.append("cache_control")
-    return found
+        yield "cache_control"
+    options = raw.get("stream_options")
+    for name, value in options.items() if isinstance(options, dict) else ():
+        if value is not None and name not in StreamOptions.__struct_fields__:
+            yield f"stream_options.{name}"
+    if "tools" in raw:
+        yield from _in_tools(raw["tools"], *kind.tool_form)
+    fields = getattr(kind, "message_fields", ())
+    for name in ("messages", "system", "input") if fields else ():
+        yield from _in_messages(name, raw.get(name), fields)
 
 
 def _in_tools(tools: object, kind: str, known: Sequence[str]) -> Iterator[str]:

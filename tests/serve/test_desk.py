@@ -246,6 +246,38 @@ def test_texts_take_no_more_than_is_granted_to_read_them(tiny_moe, text, is_esca
         assert granted / 8 < took[0] < granted + MIB // 4
 
 
+MANY = {format(i, "x"): 1 for i in range(20_000)}
+MANY_FIELDS = (
+    (openai.read_chat, {"messages": [{"role": "user", "content": "x", **MANY}]}),
+    (openai.read_chat, chat("x", tools=[{"type": "function", "function": {"name": "f", **MANY}}])),
+    (openai.read_chat, chat("x", stream_options=MANY)),
+    (openai.read_chat, chat("x", chat_template_kwargs=MANY)),
+    (openai.read_chat, chat("x", **MANY)),
+    (openai.read_completion, {"prompt": "x", "logit_bias": {str(i): 1 for i in range(20_000)}}),
+    (responses.read_responses, {"input": [{"role": "user", "content": "x", **MANY}]}),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("read", "sent"), MANY_FIELDS)
+def test_many_fields_take_no_more_than_is_granted_to_read_them(server, read, sent, monkeypatch):
+    desk, granted = server.service.desk, []
+
+    def need(size):
+        raise Problem(400, "expected no more")
+
+    more = desk._more
+    monkeypatch.setattr(desk, "need", need)
+    monkeypatch.setattr(desk, "_more", lambda size: granted.append(size) or more(size))
+    body = bytearray(json.dumps(sent, separators=(",", ":")).encode())
+    tracemalloc.start()
+    try:
+        with pytest.raises(Problem, match="expected"):
+            desk.read(read, server.service, body)
+        assert tracemalloc.get_traced_memory()[1] < granted[0]
+    finally:
+        tracemalloc.stop()
+
+
 TOOL = {"name": "f", "parameters": {"x": ["marked"] * 99}}
 KEPT = (
     (openai.read_chat, chat("x", tools=[{"type": "function", "function": TOOL}]), MIB // 2),
