@@ -226,7 +226,7 @@ def _constrain(
                 grammars, form, tools, grammar, must=must, several=several, most_reasoning=most
             )
         except Problem as problem:
-            if must or not tools:
+            if must or not tools or problem.status != 400:  # a reply is the same at every budget
                 raise
             why = f": {problem.message}"
     if tools and grammar is None and not lazy:

@@ -391,3 +391,15 @@ def test_an_answer_keeps_no_replies_that_have_ended(server, streams):
         return max([len(answer.replies) async for _ in answer.events()])
 
     assert asyncio.run(answered()) <= 2 * len(service.batcher.views)
+
+
+def test_a_request_whose_grammar_has_no_room_is_refused_and_not_answered_without(
+    server, monkeypatch
+):
+    def need(size):
+        raise Problem(503, "other requests take the memory")
+
+    monkeypatch.setattr(server.service.grammars, "_need", need)
+    tool = {"name": "alone", "parameters": {"type": "object", "properties": {"new": {}}}}
+    sent = chat("x", tools=[{"type": "function", "function": tool}])
+    assert server.post("/v1/chat/completions", sent).status_code == 503
