@@ -55,8 +55,10 @@ class Room:
         self._tokens = 0  # of the largest pass so far
         self._singles = 0  # decoding passes so far
         self._is_lent = False
-        self._beside = self._borrowed = self._late = 0
-        self._ram = budget.ram
+        self._beside = self._borrowed = 0
+        self._ram = self._whole = (
+            budget.ram
+        )  # without what `take_in` adds until it is measured, and with it
         self.is_resting = False
         """Whether the slots' memory was given back to the system, until the next pass."""
         self._base = budget.fixed - budget.kv - budget.chunk * budget.row
@@ -91,7 +93,7 @@ class Room:
         self._singles += batch.is_decoding
         is_warm = self._is_measured and self._singles > _WARM_TOKENS
         is_due = is_warm and (
-            time.perf_counter() >= self._next_s or (self._late > 0 and not self._borrowed)
+            time.perf_counter() >= self._next_s or (self._whole > self._ram and not self._borrowed)
         )
         grown = [s for s in batch.slices if s.state.length + s.count > s.state.reach]
         if not (is_due or grown or tokens > self._tokens or self._is_lent):
@@ -101,9 +103,10 @@ class Room:
             is_due = self._taken(hardware.process_bytes()) > self._base + taken + _NOISE
         self._is_lent = False
         if is_due:
+            whole = self._whole  # before measuring, which counts what it has been used for
             self._measure(taken)
             if not self._borrowed:
-                self._ram, self._late = self._ram + self._late, 0
+                self._ram = whole
         for part in grown:
             self._reach(part.state, part.state.length + part.count)
         self._tokens = max(tokens, self._tokens)
@@ -169,9 +172,10 @@ class Room:
     def take_in(self, size: int) -> None:
         """Adds `size` bytes to the budget, which were reserved beside it and are in use, and will stay so.
 
-        They count from the next measurement on, as that counts what they are used for.
+        They count from the next measurement on, as that counts what they are used for. One thread may call it while
+        another one runs passes.
         """
-        self._late += size
+        self._whole += size
 
     def rest(self) -> None:
         """Gives the slots' memory back to the system, except for one expert; the next pass takes it again."""

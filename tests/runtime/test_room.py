@@ -349,6 +349,27 @@ def test_what_was_reserved_beside_the_budget_is_not_counted_twice():
     assert r.size == pytest.approx(before, abs=2 * MIB)
 
 
+def test_what_is_taken_in_while_it_is_measured_counts_from_the_next_measurement(monkeypatch):
+    r, _ = room(budget(experts=1000 * EXPERT), is_measured=True)
+    state = sequence(r)
+    run(r, state, 5)
+    measured = hardware.exact_process_bytes
+
+    def measure():
+        found = measured()
+        r.take_in(MIB)  # another thread has made what the measurement has not counted
+        return found
+
+    monkeypatch.setattr(hardware, "exact_process_bytes", measure)
+    for _ in range(4):
+        r._next_s = 0
+        run(r, state, 1)
+    assert r._ram == r._budget.ram
+    monkeypatch.undo()
+    run(r, state, 1)
+    assert r._ram > r._budget.ram
+
+
 def test_what_is_reserved_is_not_lent():
     b = budget(experts=1000 * EXPERT)
     r, _ = room(b, is_measured=True)
