@@ -268,7 +268,7 @@ def read(body: bytes, kind: type[_T]) -> tuple[_T, list[str]]:
         raise Problem(400, f"body: expected JSON; {error}") from None
     if not isinstance(raw, dict):
         raise Problem(400, "body: expected a JSON object")
-    known, ignored = set(kind.__struct_fields__), []
+    known, ignored = set(kind.__struct_fields__), list[str]()
     for name, most in _MOST_ENTRIES.items():
         value = raw.get(name) if name in known else None
         if isinstance(value, dict) and len(value) > most:

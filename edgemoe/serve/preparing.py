@@ -175,20 +175,23 @@ def will_say(
     Args:
         service: the server's model.
         asks: those of one request.
-        streams: the answer is a stream, which holds those of the prompt alone.
+        streams: the answer is a stream. Of its reply, it holds those that the client has not taken yet.
         at_once: how many replies run at a time.
         built: bytes of a log-probability in the answer, which is made for one reply at a time.
         written: its bytes as JSON, until the answer is sent.
     """
-    for i, ask in enumerate(asks):
+
+    def counts(ask: Ask) -> tuple[int, int]:
+        most, left = ask.params.max_tokens, max(service.context - len(ask.ids), 0)
+        return len(ask.ids) * ask.echo, left if most < 0 else min(most, left)
+
+    for i, ask in enumerate(sorted(asks, key=lambda ask: sum(counts(ask)), reverse=True)):
         if ask.top is None:
             continue
-        count, left = len(ask.ids) * ask.echo, max(service.context - len(ask.ids), 0)
-        if not streams:
-            most = ask.params.max_tokens
-            count += left if most < 0 else min(most, left)
-        each = _SAID * (i < at_once) + built * (i == 0) + (not streams) * written * ask.choices
-        ask.said_bytes = count * (ask.top + 1) * each
+        prompt, reply = counts(ask)
+        said = _SAID * (i < at_once)
+        each = said + built * (i == 0) + (not streams) * written * ask.choices
+        ask.said_bytes = (prompt * each + reply * (said if streams else each)) * (ask.top + 1)
 
 
 def _constrain(

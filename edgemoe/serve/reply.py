@@ -7,7 +7,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from edgemoe.errors import EdgemoeError
@@ -119,9 +119,8 @@ class Reply:
         self._said: list[TokenLogprob] = []
         self._streams, self._made = streams, list[Event]()
         self.prompt_logprobs: list[TokenLogprob] = []
-        seed = params.seed + choice if params.seed >= 0 else params.seed
         self.request = Request(
-            ids=ask.ids, params=replace(params, stop=(), seed=seed), take=self.take, end=self.end,
+            ids=ask.ids, params=params.of_choice(choice), take=self.take, end=self.end,
             top=ask.top, constraint=ask.constraint(), slot=ask.slot, reuses=ask.reuses, adapter=ask.adapter,
             prompt_logprobs=self.prompt_logprobs.extend if ask.echo and ask.top is not None else None,
         )  # fmt: skip

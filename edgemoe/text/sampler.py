@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -89,6 +90,16 @@ class SamplingParams:
         put("logit_bias", _biases)
         put("stop", texts)
         put("ignore_eos", switch)
+
+    def of_choice(self, choice: int) -> SamplingParams:
+        """Returns those of a further reply to the same prompt, with another seed, whose caller looks for stop texts.
+
+        Long fields are shared and not checked again, as thousands of replies may have them.
+        """
+        made = copy.copy(self)
+        object.__setattr__(made, "stop", ())
+        object.__setattr__(made, "seed", self.seed + choice if self.seed >= 0 else self.seed)
+        return made
 
     @property
     def bans(self) -> bool:

@@ -26,7 +26,7 @@ from edgemoe.runtime.model import Model
 from edgemoe.runtime.opening import open_model
 from edgemoe.runtime.options import EngineOptions
 from edgemoe.serve import about, bodies, openai, responses
-from edgemoe.serve.completions import TextAnswer
+from edgemoe.serve.completions import ChatAnswer, TextAnswer
 from edgemoe.serve.desk import Desk, _text_bytes
 from edgemoe.serve.log import Asked
 from edgemoe.serve.problems import Problem
@@ -305,6 +305,7 @@ def test_what_a_request_keeps_has_its_memory_until_it_is_answered(server, read, 
     [
         (openai.read_chat, "/v1/chat/completions", {**chat("x"), "logprobs": True, "top_logprobs": 20, "n": 2}),
         (openai.read_completion, "/v1/completions", {"prompt": ["a " * 60] * 3, "echo": True, "logprobs": 20}),
+        (openai.read_completion, "/v1/completions", {"prompt": [*"aaaa", "a " * 220], "echo": True, "logprobs": 20}),
     ],
 )  # fmt: skip
 def test_log_probabilities_take_no_more_than_was_granted(server, read, path, more, streams):
@@ -323,6 +324,27 @@ def test_log_probabilities_take_no_more_than_was_granted(server, read, path, mor
     assert done.status_code == 200
     assert peak < asked.held + MIB
     assert streams or asked.held < 6 * peak
+
+
+def test_log_probabilities_that_a_client_does_not_take_have_their_memory(server):
+    asked, service = Asked(), server.service
+    body = chat("x", logprobs=True, top_logprobs=20, max_tokens=400, ignore_eos=True, stream=True)
+    said, ask = service.desk.read(openai.read_chat, service, json.dumps(body).encode(), asked)
+    service.desk.release(asked.held)
+
+    async def waiting():
+        answer = ChatAnswer(service, said, [ask])
+        while service.batcher.running() or service.batcher.waiting:
+            await asyncio.sleep(0.01)
+        took = tracemalloc.get_traced_memory()[0]
+        assert len([one async for one in answer.events()]) > 3
+        return took
+
+    tracemalloc.start()
+    try:
+        assert MIB // 2 < asyncio.run(waiting()) < asked.held
+    finally:
+        tracemalloc.stop()
 
 
 def test_memory_comes_back_when_an_answer_ends(server, monkeypatch):

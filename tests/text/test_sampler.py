@@ -228,6 +228,15 @@ def test_numbers_and_lists_of_numpy_are_taken() -> None:
 
 
 @pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(("seed", "other"), [(5, 7), (-1, -1)])
+def test_a_choice_has_a_seed_of_its_own_and_shares_the_rest(seed: int, other: int) -> None:
+    params = SamplingParams(seed=seed, stop=("x",), logit_bias=((3, 0.5),), suppress_tokens=(4,))
+    made = params.of_choice(2)
+    assert made == replace(params, seed=other, stop=())
+    assert made.logit_bias is params.logit_bias
+    assert (params.seed, params.stop) == (seed, ("x",))
+
+
 def test_the_largest_penalties_keep_logits_finite() -> None:
     logits = logits_of(300, scale=30)
     for change in (
