@@ -87,7 +87,7 @@ class Ask:
     grammars: tuple[Compiled, ...] = ()
     """The grammars of the constraint, which stay compiled."""
     said_bytes: int = 0
-    """Bytes that the log-probabilities of its answer may take."""
+    """Bytes that its answer may take beside texts: choices, and their log-probabilities."""
     several_calls: bool = True
     """Whether the reply may have more than one call."""
     slot: int | None = None

@@ -24,6 +24,7 @@ __all__ = ["continue_text", "converse", "encoded", "rendered", "sampled", "will_
 _LOOKED_AT = 4096  # characters at the end of a prompt that may be the beginning of the reply
 _NO_GRAMMAR = "cannot be kept to: this server was started with --no-grammar"
 _SAID = 120  # bytes of a token's log-probability as it comes
+_CHOICE = 1 << 10  # bytes of a choice in an answer, beside its text: figures and JSON
 
 
 def converse(service: Service, talk: Conversation, wanted: Wanted) -> Ask:
@@ -170,7 +171,7 @@ def encoded(
 def will_say(
     service: Service, asks: Sequence[Ask], *, streams: bool, at_once: int, built: int, written: int
 ) -> None:
-    """Sets how many bytes log-probabilities take until the answer is sent; see `Ask.said_bytes`.
+    """Sets how many bytes an answer takes beside its texts until it is sent; see `Ask.said_bytes`.
 
     Args:
         service: the server's model.
@@ -186,12 +187,13 @@ def will_say(
         return len(ask.ids) * ask.echo, left if most < 0 else min(most, left)
 
     for i, ask in enumerate(sorted(asks, key=lambda ask: sum(counts(ask)), reverse=True)):
+        ask.said_bytes = _CHOICE * ask.choices
         if ask.top is None:
             continue
         prompt, reply = counts(ask)
         said = _SAID * (i < at_once)
         each = said + built * (i == 0) + (not streams) * written * ask.choices
-        ask.said_bytes = (prompt * each + reply * (said if streams else each)) * (ask.top + 1)
+        ask.said_bytes += (prompt * each + reply * (said if streams else each)) * (ask.top + 1)
 
 
 def _constrain(

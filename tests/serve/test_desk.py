@@ -285,6 +285,7 @@ KEPT = (
     (openai.read_chat, chat("x", response_format={"type": "json_object"}), MIB // 2),
     (openai.read_completion, {"prompt": ["a word"] * 100, "max_tokens": 1}, 100 * 6 * 4),
     (openai.read_completion, {"prompt": ["a word"] * 100, "guided_json": {}}, MIB // 2),
+    (openai.read_completion, {"prompt": ["a word"] * 100, "n": 8}, 800 << 10),
     (responses.read_responses, {"input": "x", "instructions": "a word " * 60}, 4 * 7 * 60),
     (about.tokenize, {"content": "a word", "with_pieces": True}, 6 * 4 * 184),
 )  # fmt: skip
