@@ -41,6 +41,10 @@ class Door:
                 if message["status"] >= 400:
                     self._service.log.failed(asked, str(found), message["status"])
                 message["headers"] = [*message["headers"], *_HEADERS]
+            elif message.get("body") and not message.get("more_body"):
+                # Its end waits until the client has taken nearly all of it: until then, it has its memory.
+                await send({**message, "more_body": True})
+                message = {"type": "http.response.body"}
             await send(message)
 
         if not self._service.settings.takes_host(host):

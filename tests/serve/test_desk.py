@@ -7,6 +7,7 @@ import contextlib
 import gc
 import json
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -366,6 +367,30 @@ def test_memory_comes_back_when_an_answer_ends(server, monkeypatch):
     while desk._held:
         assert time.monotonic() < end
         time.sleep(0.005)
+
+
+def test_an_answer_that_a_client_does_not_read_keeps_its_memory(tiny_moe):
+    body = json.dumps(chat(WORDS)).encode()
+    head = (
+        f"POST /apply-template HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    with running(tiny_moe, options=roomy()) as server, socket.socket() as client:
+        desk = server.service.desk
+        server.door.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 14)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 14)
+        client.connect(("127.0.0.1", server.door.getsockname()[1]))
+        client.sendall(head.encode() + body)
+        said = client.recv(1 << 10)
+        assert said.startswith(b"HTTP/1.1 200")
+        assert server.get("/health").status_code == 200  # later
+        assert desk._held > len(WORDS)
+        while b'"}' not in said[-9:]:
+            said += client.recv(1 << 16)
+        assert said.count(b"a word, ") == len(WORDS) // 8
+        end = time.monotonic() + 20
+        while desk._held:
+            assert time.monotonic() < end
+            time.sleep(0.005)
 
 
 def test_a_body_is_freed_though_errors_still_refer_to_it(server, monkeypatch):
