@@ -20,9 +20,16 @@ def kept_bytes(found: object) -> int:
     """
     parts = found if isinstance(found, tuple) else (found,)
     return sum(
-        (_WRITTEN if isinstance(part, (dict, msgspec.Struct)) else 1) * _bytes(part)
+        _answered(part) if isinstance(part, (dict, msgspec.Struct)) else _bytes(part)
         for part in parts
     )
+
+
+def _answered(part: object) -> int:
+    """Returns the bytes of what an answer repeats, with its JSON, which is in the connection's buffer once more."""
+    own = _bytes(part)
+    # A control character takes 1 byte, and 6 in JSON.
+    return max(_WRITTEN * own, own + 2 * len(msgspec.json.encode(part)))
 
 
 def _bytes(value: object) -> int:

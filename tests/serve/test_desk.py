@@ -289,6 +289,7 @@ KEPT = (
     (openai.read_completion, {"prompt": ["a word"] * 100, "n": 8}, 800 << 10),
     (responses.read_responses, {"input": "x", "instructions": "a word " * 60}, 4 * 7 * 60),
     (about.tokenize, {"content": "a word", "with_pieces": True}, 6 * 4 * 184),
+    (about.apply_template, {"messages": [{"role": "user", "content": "\x01" * 1000}]}, (1 + 2 * 6) * 1000),
 )  # fmt: skip
 
 
