@@ -56,9 +56,8 @@ class Room:
         self._singles = 0  # decoding passes so far
         self._is_lent = False
         self._beside = self._borrowed = 0
-        self._ram = self._whole = (
-            budget.ram
-        )  # without what `take_in` adds until it is measured, and with it
+        # Without what `take_in` has added since the last measurement, and with it.
+        self._ram = self._whole = budget.ram
         self.is_resting = False
         """Whether the slots' memory was given back to the system, until the next pass."""
         self._base = budget.fixed - budget.kv - budget.chunk * budget.row
