@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from edgemoe.cli.console import decode_text
@@ -78,18 +80,23 @@ def keep_to(engine: Engine, chat: Chat, schema: object) -> None:
     from edgemoe.serve.reply_grammar import channels
     from edgemoe.text.replies import reply_format
 
-    class Told(Guide):
+    @contextlib.contextmanager
+    def as_flag() -> Iterator[None]:
+        try:
+            yield
+        except Problem as problem:
+            raise ValueError(f"--json-schema: {problem.message}") from None
+
+    class FlagGuide(Guide):
+        """Its errors name the flag, and not a field of a request."""
+
         def allowed(self) -> NDArray[np.int32] | None:
-            try:
+            with as_flag():
                 return super().allowed()
-            except Problem as problem:
-                raise ValueError(f"--json-schema: {problem.message}") from None
 
         def take(self, token: int) -> bool:
-            try:
+            with as_flag():
                 return super().take(token)
-            except Problem as problem:
-                raise ValueError(f"--json-schema: {problem.message}") from None
 
     tokenizer = engine.tokenizer
     if tokenizer is None:
@@ -112,6 +119,8 @@ def keep_to(engine: Engine, chat: Chat, schema: object) -> None:
     def constraint(ids: list[int]) -> Constraint:
         end = ids[-4:]  # the words with which a template opens the reply
         is_reasoning = first in end and last not in end and last is not None
-        return Told(grammars, compiled.grammar, is_reasoning=is_reasoning, reasoning=(first, last))
+        return FlagGuide(
+            grammars, compiled.grammar, is_reasoning=is_reasoning, reasoning=(first, last)
+        )
 
     chat.constraint = constraint
