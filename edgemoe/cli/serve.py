@@ -66,6 +66,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError("--slot-save-size: expected --slot-save-path DIR, which it bounds")
         if args.cache_ram and args.device != "cpu":
             raise ValueError("--cache-ram: prefixes are not kept where a device holds them")
+        if args.no_grammar and args.reasoning_budget >= 0:
+            raise ValueError(
+                "--reasoning-budget: a grammar keeps it, and --no-grammar reserves no memory for any"
+            )
         if args.warm and args.profile is None:
             raise ValueError("--warm: expected --profile FILE, which says what to load")
         settings = _settings(args)

@@ -30,7 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import edgemoe
-from edgemoe.errors import FormatError, OutOfBudget
+from edgemoe.errors import FormatError, OutOfBudget, size_text
 from edgemoe.file.summed import SummedFile, write_summed
 from edgemoe.model import SequenceState
 from edgemoe.runtime.model import Model
@@ -106,7 +106,7 @@ class PrefixStore:
         """
         self._folder, self._model, self._most = Path(folder), model, most_bytes
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._is_full = False
+        self._is_losing = False
         self.look()
 
     def look(self) -> None:
@@ -164,17 +164,14 @@ class PrefixStore:
         if any(covers(model, entry, prefix, is_whole=is_whole) for entry in self._entries):
             return True
         if prefix.size > self._most:
-            return False
+            return self._lose(prefix, f"{size_text(prefix.size)} are more than the folder may hold")
         path = self._folder / f"{secrets.token_hex(8)}.prefix"
         try:
             self._write(path, prefix)
             found = path.stat()
         except (OSError, OutOfBudget) as error:
-            if not self._is_full:  # logged once, as only time is lost
-                logger.warning("a prefix of %d tokens is not saved: %s", len(ids), error)
-            self._is_full = True
-            return False
-        self._is_full = False
+            return self._lose(prefix, str(error))
+        self._is_losing = False
         for entry in list(self._entries):  # prefixes that it covers are not needed any more
             if len(entry.ids) and covers(model, prefix, entry, is_whole=is_whole):
                 self._remove(entry)
@@ -183,6 +180,13 @@ class PrefixStore:
         )
         self._trim()
         return True
+
+    def _lose(self, prefix: Prefix, why: str) -> bool:
+        """Logs that a prefix is not saved, unless the one before was not either: only time is lost."""
+        if not self._is_losing:
+            logger.warning("a prefix of %d tokens is not saved: %s", len(prefix.ids), why)
+        self._is_losing = True
+        return False
 
     def save_as(self, state: SequenceState, name: str) -> int:
         """Saves what a sequence holds under a name, replacing an earlier file; returns the file's bytes.

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import Counter
 from typing import Any
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 __all__ = ["PATIENCE", "TAKING", "connections"]
+
+logger = logging.getLogger(__name__)
 
 PATIENCE = 30.0
 """Seconds until a request's head must be complete, and between two parts of its body."""
@@ -18,12 +21,13 @@ TAKING = 60.0
 
 def connections(most: int) -> type[H11Protocol]:
     """Returns a protocol class for uvicorn. One address may have `most` connections; 0 for no limit."""
-    return type("Connection", (_Connection,), {"most": most, "counts": Counter()})
+    return type("Connection", (_Connection,), {"most": most, "counts": Counter(), "told": set()})
 
 
 class _Connection(H11Protocol):
     most: int
     counts: Counter[str]
+    told: set[str]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -35,6 +39,11 @@ class _Connection(H11Protocol):
         self._address = self.client[0] if self.client else ""
         self.counts[self._address] += 1
         if 0 < self.most < self.counts[self._address]:
+            if self._address not in self.told:  # logged once, until it has none
+                logger.warning(
+                    "%s has %d connections; further ones are closed", self._address, self.most
+                )
+            self.told.add(self._address)
             transport.close()
             return
         self._watch()
@@ -43,6 +52,7 @@ class _Connection(H11Protocol):
         self.counts[self._address] -= 1
         if not self.counts[self._address]:
             del self.counts[self._address]
+            self.told.discard(self._address)
         self._calm()
         self._taken()
         super().connection_lost(exc)

@@ -243,8 +243,11 @@ def _constrain(
         marks = (first, last)
     has_limit = most >= 0 and marks[1] is not None and grammars is not None
     is_limited = has_limit or (form.is_channelled and grammar is not None)
-    if wanted.most_reasoning is not None and service.can_reason and not is_limited:
-        wanted.ignored.append("thinking.budget_tokens")
+    if service.can_reason and not is_limited:
+        if wanted.most_reasoning is not None:
+            wanted.ignored.append("thinking.budget_tokens")
+        elif most >= 0 and (form.is_channelled or service.settings.reasoning_budget >= 0):
+            wanted.notes.append("the tokens of reasoning are not limited")
     if grammar is None and not lazy and not has_limit:
         return
     if grammars is not None:

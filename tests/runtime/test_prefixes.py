@@ -391,6 +391,15 @@ def test_a_prefix_that_there_is_no_room_for_costs_time_alone(model, tmp_path, ca
     assert asked(one, go_on)[1].cached_tokens >= len(go_on) - 1
 
 
+def test_a_prefix_larger_than_its_folder_is_named_once(tiny_moe, tmp_path, caplog):
+    one, store = batcher(tiny_moe, tmp_path, most=1000)
+    for text in (LONG, OTHER, LONG):
+        asked(one, text)
+    assert len(store) == 0
+    assert caplog.text.count("is not saved: ") == 1
+    assert "more than the folder may hold" in caplog.text
+
+
 def test_at_the_end_all_that_is_kept_goes_to_disk(tiny_moe, tmp_path):
     one, _, _ = pooled(tiny_moe, folder=tmp_path)
     asked(one, LONG)

@@ -94,6 +94,17 @@ def test_reasoning_is_bounded(server):
         assert all(len(t) <= 12 for t in thoughts)
 
 
+def test_a_reply_says_that_its_reasoning_is_not_limited(server):
+    loose = {"type": "object", "properties": {"a": {"type": "string", "pattern": "(?=a)b"}}}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": loose}}]
+    body = {"messages": ASK, "max_tokens": 1, "tools": tools}
+    for more in ({"think": False}, {}):
+        done = server.post("/v1/chat/completions", {**body, **more}).json()
+        said = [note.split(":")[0] for note in done["edgemoe"]["notes"]]
+        assert said[0] == "calls are not kept to the schemas of their tools"
+        assert said[1:] == ["the tokens of reasoning are not limited"] * ("think" in more)
+
+
 def test_a_call_that_must_come_comes_after_free_reasoning(server):
     thoughts = set()
     for seed in range(8):

@@ -138,7 +138,7 @@ def test_two_hundred_connections_are_answered(server):
     assert is_fine(server)
 
 
-def test_other_machines_have_so_many_connections_each(tiny_moe):
+def test_other_machines_have_so_many_connections_each(tiny_moe, caplog):
     with running(tiny_moe, host="0.0.0.0", no_auth=True) as server, ExitStack() as stack:
         many = [connected(server, stack) for _ in range(70)]
         for raw in many:
@@ -154,6 +154,7 @@ def test_other_machines_have_so_many_connections_each(tiny_moe):
                 break
             except httpx.HTTPError:
                 assert time.monotonic() < end
+    assert caplog.text.count("127.0.0.1 has 64 connections; further ones are closed") == 1
 
 
 def test_a_disk_that_is_full_costs_prefixes_alone(tiny_moe, tmp_path):

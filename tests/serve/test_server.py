@@ -562,6 +562,7 @@ def test_a_second_signal_does_not_wait(tiny_moe):
         (["--host", "0.0.0.0"], "lets other machines in"), (["--port", "70000"], "--port"),
         (["--queue", "-1"], "--queue"), (["--temp", "-1"], "temperature"), (["--timeout", "0"], "--timeout"),
         (["--warm"], "--profile"), (["--slot-save-size", "1GiB"], "--slot-save-path"), (["--frob"], "--frob"),
+        (["--no-grammar", "--reasoning-budget", "9"], "--reasoning-budget"),
         (["--ram", "90MiB"], "MiB for the server itself"),
     ],
 )  # fmt: skip
