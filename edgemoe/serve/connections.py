@@ -1,4 +1,4 @@
-"""Limits on connections: how many each address may have, and how long a client may take to send and to read."""
+"""Limits on connections: how many there are, how much is read ahead, and how long a client may take."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-__all__ = ["PATIENCE", "TAKING", "connections"]
+__all__ = ["PART", "PATIENCE", "TAKING", "connections"]
 
 logger = logging.getLogger(__name__)
 
@@ -17,15 +17,24 @@ PATIENCE = 30.0
 """Seconds until a request's head must be complete, and between two parts of its body."""
 TAKING = 60.0
 """Seconds in which a client must read some of the answer, once the buffer for it is full."""
+PART = 8 << 10
+"""The most bytes that are read from a connection at a time. Of a body, the next part is read when it is asked for."""
 
 
-def connections(most: int) -> type[H11Protocol]:
-    """Returns a protocol class for uvicorn. One address may have `most` connections; 0 for no limit."""
-    return type("Connection", (_Connection,), {"most": most, "counts": Counter(), "told": set()})
+def connections(each: int, together: int) -> type[H11Protocol]:
+    """Returns a protocol class for uvicorn.
+
+    Args:
+        each: the most connections of one address; 0 for no limit.
+        together: the most connections. Further ones are closed.
+    """
+    own = {"each": each, "together": together, "counts": Counter(), "told": set()}
+    return type("Connection", (_Connection,), own)
 
 
 class _Connection(H11Protocol):
-    most: int
+    each: int
+    together: int
     counts: Counter[str]
     told: set[str]
 
@@ -36,23 +45,29 @@ class _Connection(H11Protocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
+        transport.max_size = PART  # 256 KiB by default; asyncio's own loop looks at it
         self._address = self.client[0] if self.client else ""
         self.counts[self._address] += 1
-        if 0 < self.most < self.counts[self._address]:
-            if self._address not in self.told:  # logged once, until it has none
-                logger.warning(
-                    "%s has %d connections; further ones are closed", self._address, self.most
-                )
-            self.told.add(self._address)
-            transport.close()
-            return
-        self._watch()
+        if 0 < self.each < self.counts[self._address]:
+            self._refuse(self._address, self.each)
+        elif self.counts.total() > self.together:
+            self._refuse("this server", self.together)
+        else:
+            self._watch()
+
+    def _refuse(self, who: str, most: int) -> None:
+        if who not in self.told:  # logged once, until that address has none
+            logger.warning("%s has %d connections; further ones are closed", who, most)
+        self.told.add(who)
+        self.transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.counts[self._address] -= 1
         if not self.counts[self._address]:
             del self.counts[self._address]
             self.told.discard(self._address)
+        if not self.counts:
+            self.told.clear()
         self._calm()
         self._taken()
         super().connection_lost(exc)
@@ -60,6 +75,8 @@ class _Connection(H11Protocol):
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         self._watch()
+        if self.cycle is not None and self.cycle.more_body and not self.cycle.response_complete:
+            self.flow.pause_reading()  # until the body's next part is asked for
 
     def _unsupported_upgrade_warning(self) -> None:
         """Logs nothing, where uvicorn would advise to install a library: this server has no WebSockets."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 from edgemoe import hardware
 from edgemoe.runtime.batching import Batcher
 from edgemoe.runtime.room import Room
+from edgemoe.serve.connections import PART
 from edgemoe.serve.log import Asked
 from edgemoe.serve.problems import Problem
 from edgemoe.serve.sizes import kept_bytes
@@ -24,11 +25,14 @@ __all__ = ["AT_HAND", "Desk"]
 
 _T = TypeVar("_T")
 
-_HELD = 1 << 20  # bytes of the budget that are always there for bodies that arrive
+_HELD = 2 << 20  # bytes of the budget that are always there for requests and their bodies
 _READ = 13 << 20  # and for the request that is read: the 12 MiB of a template, and 20 KB of texts
 AT_HAND = _HELD + _READ
 """Bytes of the budget that are always there for requests. For what takes more, experts make room, once the pass that
 runs has ended."""
+# That a request takes: itself, as was measured, and a part of its body that is here before there is room for it.
+_REQUEST = (16 << 10) + PART
+_ARRIVING = 64  # requests that may wait for the memory of theirs
 _PER_VALUE = 72  # that a decoded value and its place in a list or an object take; measured
 _BETWEEN = b",:[{"  # in JSON, no value comes without one of these before it
 # Characters of 4 bytes, as they are and escaped. The searches are apart, and done where they may find something: they
@@ -53,6 +57,25 @@ class Desk:
         )
         self._borrowed = 0  # beyond AT_HAND, for both
         self._body = self._beside = 0  # of the request that is read
+        self._arriving = 0
+
+    async def admit(self, asked: Asked) -> None:
+        """Makes room for a request that has come, until `asked.held` is released.
+
+        Raises:
+            Problem: there is not enough memory, or too many wait for it.
+        """
+        if self._arriving < _ARRIVING:
+            self._arriving += 1
+            try:
+                missing = await self._granted(_REQUEST)
+            finally:
+                self._arriving -= 1
+            if not missing:
+                asked.held += _REQUEST
+                return
+        text = "too many requests at once: they take the memory that there is for them"
+        raise Problem(503, text, retry_after=_RETRY_AFTER)
 
     async def hold(self, size: int, *, of: int) -> None:
         """Makes room for `size` further bytes of a body that arrives, until `release`.
@@ -64,16 +87,19 @@ class Desk:
         Raises:
             Problem: there is not enough memory.
         """
+        _check(await self._granted(size), self._size(size, 0) - max(of - _HELD, 0))
+
+    async def _granted(self, size: int) -> int:
+        """Takes `size` bytes, and returns how many are missing; if any are, none was taken."""
         done = self._take(size, 0)
         try:
-            missing = await asyncio.wrap_future(done)
+            return done.result() if done.done() else await asyncio.wrap_future(done)
         except RuntimeError as error:  # the engine has ended
             raise Problem(503, str(error)) from None
         except asyncio.CancelledError:
             if not done.cancel():
                 done.add_done_callback(lambda done: self._undo(done, size))
             raise
-        _check(missing, self._size(size, 0) - max(of - _HELD, 0))
 
     def release(self, size: int) -> None:
         """Gives back what `hold` has made room for."""

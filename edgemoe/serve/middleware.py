@@ -1,4 +1,4 @@
-"""What every request passes before its route: checks of the host name and of the key."""
+"""What every request passes before its route: checks of the host name, of its room and of the key."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _FREE = ("/health", "/v1/health", "/")
 
 
 class Door:
-    """The outermost middleware: refuses requests for another host name than this server's, and counts all requests.
+    """The outermost middleware: refuses requests for another host name and those without room, and counts all.
 
     It also adds security headers to every response.
     """
@@ -30,8 +30,6 @@ class Door:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        headers = dict(scope["headers"])
-        host = headers.get(b"host", b"").decode("latin-1")
         asked = Asked(scope["path"])
 
         async def counted(message: Any) -> None:
@@ -47,17 +45,25 @@ class Door:
                 message = {"type": "http.response.body"}
             await send(message)
 
-        if not self._service.settings.takes_host(host):
-            problem = Problem(
-                403, f"Host: this server is not {host[:80]!r}; --allowed-hosts adds names"
-            )
-            await problem_response(problem, asked.route)(scope, receive, counted)
-            return
-        asked_now.set(asked)
         try:
-            await self._app(scope, receive, counted)
+            try:
+                await self._enter(scope, asked)
+            except Problem as problem:
+                await problem_response(problem, asked.route)(scope, receive, counted)
+            else:
+                asked_now.set(asked)
+                await self._app(scope, receive, counted)
         finally:
             self._service.desk.release(asked.held)
+
+    async def _enter(self, scope: Scope, asked: Asked) -> None:
+        """Raises `Problem` if the request is for another host name, or there is no room for it."""
+        host = dict(scope["headers"]).get(b"host", b"").decode("latin-1")
+        if not self._service.settings.takes_host(host):
+            text = f"Host: this server is not {host[:80]!r}; --allowed-hosts adds names"
+            raise Problem(403, text)
+        if scope["path"] not in _FREE:
+            await self._service.desk.admit(asked)
 
 
 _HEADERS = (

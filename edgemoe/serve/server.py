@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 _FAILED = 1
 _PER_ADDRESS = 64  # connections, where other machines may connect
+_TOGETHER = 256  # or twice as many as requests may run and wait
 
 
 def listen(settings: Settings) -> socket.socket:
@@ -116,14 +117,14 @@ def serve(
         for server in servers:
             server.should_exit = server.force_exit = True
 
+    together = max(_TOGETHER, 2 * (opened.model.options.sequences + settings.queue))
     service = Service(opened, settings, name=name, sampling=sampling, on_death=lost)
     try:
         config = uvicorn.Config(
             make_app(service), log_config=None, access_log=False, lifespan="off", server_header=False,
-            timeout_keep_alive=75, h11_max_incomplete_event_size=64 << 10,
+            timeout_keep_alive=75, h11_max_incomplete_event_size=16 << 10, loop="asyncio",
             timeout_graceful_shutdown=int(settings.grace) + 2, ws="none",
-            http=connections(0 if is_loopback(settings.host) else _PER_ADDRESS),
-            limit_concurrency=None if is_loopback(settings.host) else 16 * _PER_ADDRESS,
+            http=connections(0 if is_loopback(settings.host) else _PER_ADDRESS, together),
         )  # fmt: skip
         server = _Server(config)
         server.service = service

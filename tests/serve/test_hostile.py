@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import functools
 import json
 import resource
 import signal
@@ -11,8 +13,11 @@ from contextlib import ExitStack, suppress
 
 import httpx2 as httpx
 import psutil
+import uvicorn
 from served import running, started
+from uvicorn.server import ServerState
 
+import edgemoe.serve.server
 from edgemoe.serve import connections
 
 ASK = {"messages": [{"role": "user", "content": "Go."}], "max_tokens": 4, "temperature": 0}
@@ -155,6 +160,51 @@ def test_other_machines_have_so_many_connections_each(tiny_moe, caplog):
             except httpx.HTTPError:
                 assert time.monotonic() < end
     assert caplog.text.count("127.0.0.1 has 64 connections; further ones are closed") == 1
+
+
+def test_all_together_have_so_many_connections(tiny_moe, monkeypatch, caplog):
+    monkeypatch.setattr(edgemoe.serve.server, "_TOGETHER", 9)
+    with running(tiny_moe, queue=0) as server, ExitStack() as stack:
+        many = [connected(server, stack) for _ in range(12)]
+        for raw in many[:9]:
+            raw.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert answer(raw)[1] == b'{"status":"ok"}'
+        assert [raw.recv(100) for raw in many[9:]] == [b""] * 3
+    assert caplog.text.count("this server has 9 connections; further ones are closed") == 1
+
+
+def test_no_more_of_a_body_is_read_than_is_asked_for():
+    sizes = []
+
+    async def app(scope, receive, send):
+        is_whole = False
+        while not is_whole:
+            await asyncio.sleep(0.001)  # in which all of it could come
+            message = await receive()
+            sizes.append(len(message["body"]))
+            is_whole = not message["more_body"]
+        await send({"type": "http.response.start", "status": 204, "headers": []})
+        await send({"type": "http.response.body"})
+
+    async def asked():
+        config = uvicorn.Config(
+            app, http=connections.connections(0, 1), lifespan="off", log_config=None
+        )
+        config.load()
+        state = ServerState()
+        made = functools.partial(
+            config.http_protocol_class, config=config, server_state=state, app_state={}
+        )
+        async with await asyncio.get_running_loop().create_server(made, "127.0.0.1", 0) as door:
+            reader, writer = await asyncio.open_connection(*door.sockets[0].getsockname())
+            for _ in range(2):  # the second on the same connection
+                writer.write(head(300_000) + b"x" * 300_000)
+                assert b" 204 " in await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 20)
+            writer.close()
+
+    asyncio.run(asked())
+    assert sum(sizes) == 600_000
+    assert max(sizes) <= connections.PART
 
 
 def test_a_disk_that_is_full_costs_prefixes_alone(tiny_moe, tmp_path):
