@@ -32,7 +32,8 @@ _TOGETHER = 0.05
 """Seconds whose tokens are sent together: making an event and waking a client take time from the model."""
 _SELDOM = 0.5
 """The same for a reply that is sent as a whole."""
-
+_APART = 256
+"""The most events that wait apart: one for each token takes far more memory than its text."""
 
 _Token = tuple[int, TokenLogprob | None]
 
@@ -206,10 +207,12 @@ class Reply:
             part = item if isinstance(item, Part) else self._read(*item)
             self._made += part.events
             self._said += part.logprobs
+        if len(self._made) > _APART:
+            self._made = joined(self._made)
         if outcome is not None:
             self._end(outcome)
-        elif self._made and self._streams:
-            self._send()
+        elif self._streams:
+            self._offer()
         return outcome is not None
 
     def _end(self, outcome: Outcome) -> None:
@@ -227,6 +230,11 @@ class Reply:
             finish = "tool_calls"
         stop = self._text.stopped_by
         self._parts.put_nowait(Ended(finish, outcome.figures, self._reasoning, stop))
+
+    def _offer(self) -> None:
+        """Sends what there is, unless the client is behind: its next part then has more, and the queue never does."""
+        if self._made and self._parts.empty():
+            self._send()
 
     def _send(self) -> None:
         self._parts.put_nowait(Part(joined(self._made), self._said, self._read_so_far))
@@ -296,6 +304,8 @@ class Reply:
         item = await self._parts.get()
         if isinstance(item, Exception):
             raise _problem(item)
+        if self._streams:
+            self._offer()
         return item
 
 

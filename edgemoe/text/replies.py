@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, Literal
 
 from edgemoe.text import calls
@@ -354,10 +355,13 @@ def parser(
 def joined(events: Sequence[Event]) -> list[Event]:
     """Returns the events, with neighbouring pieces of the same kind joined."""
     out: list[Event] = []
-    for event in events:
-        last = out[-1] if out else None
-        if isinstance(event, Piece) and isinstance(last, Piece) and last.kind == event.kind:
-            out[-1] = Piece(event.kind, last.text + event.text)
+    for kind, run in groupby(
+        events, lambda event: event.kind if isinstance(event, Piece) else None
+    ):
+        if kind is None:
+            out += run
         else:
-            out.append(event)
+            out.append(
+                Piece(kind, "".join(piece.text for piece in run if isinstance(piece, Piece)))
+            )
     return out
