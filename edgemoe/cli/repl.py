@@ -305,7 +305,7 @@ class _Session:
         check_output(path)
         if path.is_file() and path.stat().st_size:
             try:
-                saved_messages(path)
+                saved_messages(path, lend=self._engine.lend)
             except FormatError:
                 raise FileExistsError(
                     f"{path}: exists and is not a saved chat; it is left as it is"

@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol
 
 from edgemoe.arguments import kind, path_of
 from edgemoe.errors import FormatError, quoted
-from edgemoe.file.parse import parse_json
+from edgemoe.file.parse import parse_json, parsed_bytes
 from edgemoe.file.whole import write_whole
 from edgemoe.runtime.requests import Constraint
 from edgemoe.text.lengths import beginning, most_characters
@@ -253,8 +253,9 @@ class Chat:
         Raises:
             OSError: the file cannot be read.
             FormatError: the file is not a saved conversation; this one stays as it was.
+            OutOfBudget: there is no memory to read it; likewise.
         """
-        messages = saved_messages(path)
+        messages = saved_messages(path, lend=self._engine.lend)
         self._close_reply()
         self._messages = messages
         self._system = [m for m in messages[:1] if m["role"] == "system"]
@@ -350,8 +351,12 @@ class Chat:
             self._reply = None
 
 
-def saved_messages(path: str | os.PathLike[str]) -> list[Message]:
+def saved_messages(path: str | os.PathLike[str], *, lend: Callable[[int], None]) -> list[Message]:
     """Returns the messages of a saved conversation.
+
+    Args:
+        path: the file.
+        lend: makes room for so many bytes until it is called again; or raises OutOfBudget.
 
     Raises:
         OSError: the file cannot be read.
@@ -361,8 +366,12 @@ def saved_messages(path: str | os.PathLike[str]) -> list[Message]:
     is_other = source.exists() and not (source.is_file() or source.is_dir())
     if is_other or (source.is_file() and source.stat().st_size > _LARGEST_CHAT):
         raise FormatError(f"{path}: not a saved chat; expected a file of at most 64 MiB")
+    if source.is_file():
+        lend(source.stat().st_size)
+    content = source.read_bytes()
+    lend(len(content) + parsed_bytes(content))
     try:
-        messages = parse_json(source.read_bytes(), "chat", most=_LARGEST_CHAT)["messages"]
+        messages = parse_json(content, "chat", most=_LARGEST_CHAT)["messages"]
         if not all(m["role"] in _ROLES and isinstance(m["content"], str) for m in messages):
             raise ValueError
     except (ValueError, TypeError, KeyError):

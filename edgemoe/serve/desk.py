@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import re
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, TypeVar
 
 from edgemoe import hardware
+from edgemoe.file.parse import parsed_bytes
 from edgemoe.runtime.batching import Batcher
 from edgemoe.runtime.room import Room
 from edgemoe.serve.connections import PART
@@ -33,11 +33,6 @@ runs has ended."""
 # That a request takes: itself, as was measured, and a part of its body that is here before there is room for it.
 _REQUEST = (16 << 10) + PART
 _ARRIVING = 64  # requests that may wait for the memory of theirs
-_PER_VALUE = 72  # that a decoded value and its place in a list or an object take; measured
-_BETWEEN = b",:[{"  # in JSON, no value comes without one of these before it
-# Characters of 4 bytes, as they are and escaped. The searches are apart, and done where they may find something: they
-# keep the event loop waiting, for some 25 ns a byte in one pattern.
-_WIDEST, _ESCAPED = re.compile(rb"[\xf0-\xff]"), re.compile(rb"\\u[dD][89abAB]")
 _RETRY_AFTER = 5  # seconds
 
 
@@ -119,7 +114,7 @@ class Desk:
         with self._turn:
             try:
                 self._body = len(body)
-                self._more(_text_bytes(body) + _PER_VALUE * sum(map(body.count, _BETWEEN)))
+                self._more(parsed_bytes(body))
                 found = read(service, body)
                 if asked is not None:
                     kept = kept_bytes(found)
@@ -192,18 +187,6 @@ class Desk:
         """Releases what was granted to one that no longer waits for it."""
         if not done.cancelled() and done.exception() is None and not done.result():
             self.release(size)
-
-
-def _text_bytes(body: bytes) -> int:
-    """Returns the most bytes that the texts in a body of JSON take while they are decoded, joined and written again.
-
-    Texts are joined twice, parts and messages. The longest is then written as JSON, in two pieces at a time.
-    """
-    is_wide, is_escaped = not body.isascii(), b"\\u" in body
-    # A wide character makes all others of its text as wide: 4 bytes each, or 2.
-    if (is_wide and _WIDEST.search(body)) or (is_escaped and _ESCAPED.search(body)):
-        return 14 * len(body)
-    return (9 if is_wide or is_escaped else 5) * len(body)
 
 
 def _check(missing: int, others: int) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import tracemalloc
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -16,7 +17,7 @@ from tiny import CHATML, tiny_checkpoint
 import edgemoe
 from edgemoe.cli.prompt import read_text
 from edgemoe.convert.convert import convert
-from edgemoe.errors import FormatError, ReadError
+from edgemoe.errors import FormatError, OutOfBudget, ReadError
 from edgemoe.runtime.chat import Chat, TooLong
 from edgemoe.text.jinja.meter import Meter
 from edgemoe.text.sampler import SamplingParams
@@ -423,6 +424,44 @@ def test_what_is_said_takes_no_more_than_was_lent(engine, chat, monkeypatch, tmp
     first = lent[0][1]
     for (size, _, _), (_, _, peak) in pairwise(lent[1:]):
         assert peak - first <= size + (64 << 10)
+
+
+@pytest.mark.parametrize("text", ["a", "\u00e4", "\U0001f600", None], ids=ascii)
+def test_a_saved_chat_takes_no_more_than_was_lent(engine, chat, monkeypatch, tmp_path, text):
+    path = tmp_path / "saved.json"
+    if text is None:  # what takes the most memory for its size
+        path.write_text('{"messages": [' + "[[]]," * 50_000 + "[]]}")
+    else:
+        said = {"role": "user", "content": text * (200_000 // len(text.encode()))}
+        path.write_text(json.dumps({"messages": [said] * 2}, ensure_ascii=False), "utf-8")
+    tracemalloc.start()
+    try:
+        lent = []
+        monkeypatch.setattr(engine, "lend", lambda size: lent.append((size, *traced())))
+        with nullcontext() if text else pytest.raises(FormatError):
+            chat.load(path)
+        engine.lend(0)
+    finally:
+        tracemalloc.stop()
+    first = lent[0][1]
+    for (size, _, _), (_, _, peak) in pairwise(lent):
+        assert peak - first <= size + (64 << 10)
+
+
+def test_a_saved_chat_that_there_is_no_room_for_leaves_this_one(
+    engine, chat, tmp_path, monkeypatch
+):
+    chat.instruct("short")
+    path = tmp_path / "saved.json"
+    path.write_text(json.dumps({"messages": [{"role": "user", "content": "x" * 1000}]}))
+
+    def lend(size):
+        raise OutOfBudget("this takes more than --ram leaves")
+
+    monkeypatch.setattr(engine, "lend", lend)
+    with pytest.raises(OutOfBudget):
+        chat.load(path)
+    assert [m["content"] for m in chat.messages] == ["short"]
 
 
 def traced():

@@ -22,13 +22,14 @@ import pytest
 from served import running, started
 
 from edgemoe import hardware
+from edgemoe.file.parse import parsed_bytes
 from edgemoe.runtime.batching import Batcher
 from edgemoe.runtime.model import Model
 from edgemoe.runtime.opening import open_model
 from edgemoe.runtime.options import EngineOptions
 from edgemoe.serve import about, bodies, openai, responses
 from edgemoe.serve.completions import ChatAnswer, TextAnswer
-from edgemoe.serve.desk import Desk, _text_bytes
+from edgemoe.serve.desk import Desk
 from edgemoe.serve.log import Asked
 from edgemoe.serve.problems import Problem
 
@@ -267,7 +268,7 @@ def test_texts_take_no_more_than_is_granted_to_read_them(tiny_moe, text, is_esca
                 desk.read(openai.read_chat, server.service, body)
         finally:
             tracemalloc.stop()
-        granted = _text_bytes(body)
+        granted = parsed_bytes(body)
         assert granted / 8 < took[0] < granted + MIB // 4
 
 
