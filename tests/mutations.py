@@ -252,6 +252,18 @@ MUTATIONS = (
     Mutation("levers", "cache-prior never reads what it displaced", "edgemoe/scheduler/combined.py",
              "        if displaced is not None and levers.admit:", "        if displaced is None and levers.admit:",
              SCHEDULERS),
+    # ------------------------------------------------------------ what clients send, and read slowly
+    Mutation("clients", "a body is read before it is asked for", "edgemoe/serve/connections.py",
+             "            self.flow.pause_reading()  # until", "            pass  # until",
+             ("tests/serve/test_hostile.py",)),
+    Mutation("clients", "as much is read at a time as has come", "edgemoe/serve/connections.py",
+             "        transport.max_size = PART", "        pass", ("tests/serve/test_hostile.py",)),
+    Mutation("clients", "any number of requests waits for memory", "edgemoe/serve/desk.py",
+             "        if self._arriving < _ARRIVING:", "        if True:", ("tests/serve/test_desk.py",)),
+    Mutation("clients", "a client that is behind has a queue", "edgemoe/serve/reply.py",
+             "if self._made and self._parts.empty():", "if self._made:", ("tests/serve/test_reply.py",)),
+    Mutation("clients", "what a saved chat takes is not lent", "edgemoe/runtime/chat.py",
+             "    lend(len(content) + parsed_bytes(content))\n", "", ("tests/runtime/test_chat.py",)),
     *ROWS,
     *DEVICE,
 )  # fmt: skip
