@@ -363,11 +363,11 @@ def saved_messages(path: str | os.PathLike[str], *, lend: Callable[[int], None])
         FormatError: it is not a saved conversation.
     """
     source = path_of("path", path)
-    is_other = source.exists() and not (source.is_file() or source.is_dir())
-    if is_other or (source.is_file() and source.stat().st_size > _LARGEST_CHAT):
+    is_file = source.is_file()
+    size = source.stat().st_size if is_file else 0
+    if (source.exists() and not (is_file or source.is_dir())) or size > _LARGEST_CHAT:
         raise FormatError(f"{path}: not a saved chat; expected a file of at most 64 MiB")
-    if source.is_file():
-        lend(source.stat().st_size)
+    lend(size)
     content = source.read_bytes()
     lend(len(content) + parsed_bytes(content))
     try:

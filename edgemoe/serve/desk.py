@@ -52,7 +52,7 @@ class Desk:
         )
         self._borrowed = 0  # beyond AT_HAND, for both
         self._body = self._beside = 0  # of the request that is read
-        self._arriving = 0
+        self._arriving = 0  # requests that wait in `admit`
 
     async def admit(self, asked: Asked) -> None:
         """Makes room for a request that has come, until `asked.held` is released.
@@ -97,7 +97,7 @@ class Desk:
             raise
 
     def release(self, size: int) -> None:
-        """Gives back what `hold` has made room for."""
+        """Gives back what `hold` or `admit` has made room for."""
         self._give_back(size, 0)
 
     def read(
