@@ -263,7 +263,7 @@ MUTATIONS = (
     Mutation("clients", "a client that is behind has a queue", "edgemoe/serve/reply.py",
              "if self._made and self._parts.empty():", "if self._made:", ("tests/serve/test_reply.py",)),
     Mutation("clients", "what a saved chat takes is not lent", "edgemoe/runtime/chat.py",
-             "    lend(len(content) + parsed_bytes(content))\n", "", ("tests/runtime/test_chat.py",)),
+             "        lend(len(content) + parsed_bytes(content))\n", "", ("tests/runtime/test_chat.py",)),
     *ROWS,
     *DEVICE,
 )  # fmt: skip

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any, Literal, Protocol
 
 from edgemoe.arguments import kind, path_of
-from edgemoe.errors import FormatError, quoted
+from edgemoe.errors import FormatError, OutOfBudget, quoted
 from edgemoe.file.parse import parse_json, parsed_bytes
 from edgemoe.file.whole import write_whole
 from edgemoe.runtime.requests import Constraint
@@ -361,15 +361,19 @@ def saved_messages(path: str | os.PathLike[str], *, lend: Callable[[int], None])
     Raises:
         OSError: the file cannot be read.
         FormatError: it is not a saved conversation.
+        OutOfBudget: there is no memory to read it.
     """
     source = path_of("path", path)
     is_file = source.is_file()
     size = source.stat().st_size if is_file else 0
     if (source.exists() and not (is_file or source.is_dir())) or size > _LARGEST_CHAT:
         raise FormatError(f"{path}: not a saved chat; expected a file of at most 64 MiB")
-    lend(size)
-    content = source.read_bytes()
-    lend(len(content) + parsed_bytes(content))
+    try:
+        lend(size)
+        content = source.read_bytes()
+        lend(len(content) + parsed_bytes(content))
+    except OutOfBudget as error:
+        raise OutOfBudget(f"{path}: {error}") from None
     try:
         messages = parse_json(content, "chat", most=_LARGEST_CHAT)["messages"]
         if not all(m["role"] in _ROLES and isinstance(m["content"], str) for m in messages):

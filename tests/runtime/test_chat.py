@@ -459,7 +459,7 @@ def test_a_saved_chat_that_there_is_no_room_for_leaves_this_one(
         raise OutOfBudget("this takes more than --ram leaves")
 
     monkeypatch.setattr(engine, "lend", lend)
-    with pytest.raises(OutOfBudget):
+    with pytest.raises(OutOfBudget, match=f"^{path}: this takes"):
         chat.load(path)
     assert [m["content"] for m in chat.messages] == ["short"]
 
